@@ -1,0 +1,285 @@
+"""The Python interface: `load`, `stream`, `plan` and `profile`. The command line calls the same functions."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hermes.checkpoint.readers import Reader
+from hermes.errors import InputError, ProfileError
+from hermes.memory.allocator import keep_heap_tight
+from hermes.memory.probe import resident_bytes
+from hermes.plan import Plan, make_plan
+from hermes.profile import Profile, calibrate_compute, load_profile, machine_record, profile_path
+from hermes.session import (
+    MARGIN_BYTES,
+    Prepared,
+    Session,
+    Workload,
+    attach,
+    estimate_profile,
+    measure_profile,
+    memory_limit,
+    prepare_model,
+    prepare_module,
+    start_session,
+)
+from hermes.units import parse_bytes
+
+__all__ = ["load", "open_session", "plan", "profile", "settle_plan", "stream", "torch_dtype"]
+
+logger = logging.getLogger("hermes")
+
+PLANNING_PIECE_BYTES = 8 * 2**20
+"""Piece size while costs are counted; the plan's own is used once it is there."""
+
+
+def load(
+    model: str | Path,
+    *,
+    budget: str | int,
+    task: str | None = None,
+    auto_class: str | type | None = None,
+    dtype: str | torch.dtype | None = None,
+    batch_size: int = 1,
+    sequence_length: int = 128,
+    max_new_tokens: int = 128,
+    num_agents: int | None = None,
+    granularity: str | None = None,
+    resident_bytes: int | None = None,
+    sequential: bool = False,
+    profile: str | Path | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    record: bool = False,
+) -> Any:
+    """A transformers model whose weights stay on disk and pass through a window of memory as it runs.
+
+    What comes back is the model itself: `forward` and `generate` as always, output bit for bit as if it were fully
+    resident. It is a context manager too; `model.hermes` has the plan and what was measured, `model.hermes.close()`
+    ends it. One forward at a time.
+
+    Args:
+        model: a directory in Hugging Face layout, or a Hub id.
+        budget: bound on the resident set of this whole process at its peak, "700MiB" or bytes; what the caller's own
+            code holds already counts. A tighter limit of the cgroup holds instead.
+        task: "text-generation", "feature-extraction", "image-classification", ...; else from the configuration.
+        auto_class: "AutoModelForCausalLM", or a model class.
+        dtype: to compute in, "float32", "bfloat16", ...; else as stored.
+        batch_size: sequences at a time that the budget shall hold.
+        sequence_length: tokens of each, likewise.
+        max_new_tokens: tokens to be generated, likewise; ignored for models that do not generate.
+        num_agents: Loading Agents; else the planner's choice.
+        granularity: "leaf", "half" or "layer"; else the planner's choice.
+        resident_bytes: weights kept in memory between passes; 0 streams every block; else all that fits.
+        sequential: load and compute in turns, for comparison.
+        profile: a profile file; else the one `hermes profile` has stored, else an estimate.
+        trust_remote_code: allow model code that comes with the checkpoint.
+        attn_implementation: as in transformers.
+        revision: of a Hub id.
+        record: keep a span for each read and each block in `model.hermes.stats`.
+
+    Raises:
+        BudgetError: the budget is below the smallest that works; nothing has been read.
+        CheckpointError, ModelError, InputError: as they say.
+
+    Blocking: until the small pinned weights are read; the first pass is loading by then.
+    """
+    prepared, session = open_session(
+        model,
+        budget_bytes=parse_bytes(budget),
+        workload=Workload(batch_size=batch_size, sequence_length=sequence_length, max_new_tokens=max_new_tokens),
+        task=task,
+        auto_class=auto_class,
+        dtype=dtype,
+        num_agents=num_agents,
+        granularity=granularity,
+        resident_bytes=resident_bytes,
+        sequential=sequential,
+        profile=profile,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+        revision=revision,
+        record=record,
+    )
+    return attach(prepared.module, session)
+
+
+def stream(
+    module: nn.Module,
+    checkpoint: str | Path,
+    budget: str | int,
+    *,
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    num_agents: int | None = None,
+    granularity: str | None = None,
+    resident_bytes: int | None = None,
+    sequential: bool = False,
+    record: bool = False,
+) -> Any:
+    """Any module of yours, its weights streamed from a state-dict file (safetensors, .bin, .pt) inside a budget.
+
+    The module may have been built on the meta device (`with torch.device("meta")`) or as usual; weights that are in the
+    checkpoint are dropped from it. With example inputs, order, activations and operations are found by a run over fake
+    tensors; without, in the first real pass. Other arguments, errors and what comes back as in `load`.
+    """
+    budget_bytes = parse_bytes(budget)
+    keep_heap_tight()
+    module.eval()
+    prepared = prepare_module(module, checkpoint, args=example_args, kwargs=example_kwargs)
+    session = _start(
+        prepared,
+        budget_bytes,
+        None,
+        num_agents=num_agents,
+        granularity=granularity,
+        resident_bytes=resident_bytes,
+        sequential=sequential,
+        record=record,
+    )
+    return attach(module, session)
+
+
+def plan(
+    model: str | Path,
+    *,
+    budget: str | int,
+    workload: Workload | None = None,
+    profile: str | Path | None = None,
+    num_agents: int | None = None,
+    granularity: str | None = None,
+    resident_bytes: int | None = None,
+    sequential: bool = False,
+    **options: Any,
+) -> Plan:
+    """What `load` with the same arguments would settle; no weights are kept. Raises as `load` does."""
+    keep_heap_tight()
+    prepared = _prepare(model, workload or Workload(max_new_tokens=128), options)
+    with prepared.reader() as reader:
+        settled, _ = settle_plan(
+            prepared,
+            reader,
+            parse_bytes(budget),
+            profile,
+            num_agents=num_agents,
+            granularity=granularity,
+            resident_bytes=resident_bytes,
+            sequential=sequential,
+        )
+    return settled
+
+
+def profile(model: str | Path, *, workload: Workload | None = None, **options: Any) -> Profile:
+    """Measure a model on this machine: the paper's Layer Profiler. Blocking: reads the weights a few times.
+
+    The record is returned, not stored; `hermes profile` stores it.
+    """
+    keep_heap_tight()
+    return measure_profile(_prepare(model, workload or Workload(max_new_tokens=2), options))
+
+
+def open_session(
+    model: str | Path,
+    *,
+    budget_bytes: int,
+    workload: Workload,
+    profile: str | Path | None = None,
+    num_agents: int | None = None,
+    granularity: str | None = None,
+    resident_bytes: int | None = None,
+    sequential: bool = False,
+    record: bool = False,
+    **options: Any,
+) -> tuple[Prepared, Session]:
+    """Prepare, plan and start; `load` without the dressing."""
+    keep_heap_tight()
+    prepared = _prepare(model, workload, options)
+    session = _start(
+        prepared,
+        budget_bytes,
+        profile,
+        num_agents=num_agents,
+        granularity=granularity,
+        resident_bytes=resident_bytes,
+        sequential=sequential,
+        record=record,
+    )
+    return prepared, session
+
+
+def settle_plan(
+    prepared: Prepared, reader: Reader, budget_bytes: int, profile: str | Path | None, **choices: Any
+) -> tuple[Plan, Profile]:
+    """The plan for a prepared model, and the profile it rests on: the given one, the stored one, or an estimate."""
+    workload = prepared.workload
+    calibrate_compute(getattr(torch, prepared.dtype), workload.batch_size * workload.sequence_length)
+    floor_bytes = resident_bytes()
+    factory = prepared.factory(reader.alignment, PLANNING_PIECE_BYTES)
+    known = _stored_profile(prepared, profile)
+    if known is None:
+        known = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes)
+    settled = make_plan(
+        prepared.problem(known, factory, floor_bytes=floor_bytes),
+        budget_bytes=budget_bytes,
+        limit_bytes=memory_limit(budget_bytes),
+        margin_bytes=MARGIN_BYTES,
+        **choices,
+    )
+    return settled, known
+
+
+def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by torch's name ("bfloat16") or a common short one ("bf16"). Raises InputError for one nobody knows."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
+    found = None if name == "auto" else getattr(torch, short.get(name, name), None)
+    if name != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise InputError(f"unknown dtype {name!r}; try float32, bfloat16 or float16")
+    return found
+
+
+def _prepare(model: str | Path, workload: Workload, options: dict[str, Any]) -> Prepared:
+    options["dtype"] = torch_dtype(options.get("dtype"))
+    return prepare_model(model, workload=workload, **options)
+
+
+def _start(
+    prepared: Prepared,
+    budget_bytes: int,
+    profile: str | Path | None,
+    *,
+    record: bool,
+    **choices: Any,
+) -> Session:
+    reader = prepared.reader()
+    try:
+        settled, _ = settle_plan(prepared, reader, budget_bytes, profile, **choices)
+    except BaseException:
+        reader.close()
+        raise
+    return start_session(prepared, settled, reader, record=record)
+
+
+def _stored_profile(prepared: Prepared, path: str | Path | None) -> Profile | None:
+    """The profile to plan with: the one named must be right; the stored one is left out, with a warning, if it is not."""
+    stored = profile_path(prepared.source, prepared.dtype)
+    if path is None and not stored.exists():
+        return None
+    try:
+        return load_profile(
+            Path(path or stored),
+            checkpoint=prepared.checkpoint.fingerprint(),
+            machine=machine_record(prepared.checkpoint.files[0].path, torch.get_num_threads()),
+            dtype=prepared.dtype,
+        )
+    except ProfileError as error:
+        if path is not None:
+            raise
+        logger.warning("%s (going on with an estimate)", error)
+        return None

@@ -1,0 +1,80 @@
+"""What a checkpoint holds and where each tensor's bytes lie. Parsing is in `safetensors` and `torch_zip`."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["DTYPE_BYTES", "Checkpoint", "Extent", "FileStamp", "TensorEntry"]
+
+#: Bytes per element by dtype, spelt as in safetensors.
+DTYPE_BYTES: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileStamp:
+    """A weight file as it was when the checkpoint was opened; readers refuse it once any of this has changed."""
+
+    path: Path
+    nbytes: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extent:
+    """`nbytes` contiguous bytes at `offset` of file number `file` in `Checkpoint.files`."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """One stored tensor: row-major, little-endian, contiguous. `nbytes` of the extent is exactly shape x dtype."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    extent: Extent
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Every tensor of a model, read in place from the files it came in."""
+
+    files: tuple[FileStamp, ...]
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; those that several tensors share (tied weights, views) are counted once."""
+        total = 0
+        reached: dict[int, int] = {}
+        for extent in sorted((e.extent for e in self.tensors.values()), key=lambda e: (e.file, e.offset)):
+            end = extent.offset + extent.nbytes
+            total += max(0, end - max(extent.offset, reached.get(extent.file, 0)))
+            reached[extent.file] = max(end, reached.get(extent.file, 0))
+        return total
+
+    def fingerprint(self) -> str:
+        """Hex digest of the files' names, sizes and times and of every tensor's place; stable across processes."""
+        digest = hashlib.sha256()
+        for stamp in self.files:
+            digest.update(f"{stamp.path.name}|{stamp.nbytes}|{stamp.mtime_ns}\n".encode())
+        for name in sorted(self.tensors):
+            entry = self.tensors[name]
+            digest.update(f"{name}|{entry.dtype}|{entry.shape}|{entry.extent.file}|{entry.extent.offset}\n".encode())
+        return digest.hexdigest()[:32]

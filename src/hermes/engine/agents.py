@@ -1,0 +1,146 @@
+"""Loading Agents: threads that read pieces into memory. What to read is decided elsewhere."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from hermes.checkpoint.readers import Reader
+from hermes.errors import EngineError, HermesError, ReadError
+from hermes.memory.arena import Arena
+from hermes.pipeload.loads import Codec, Piece
+
+__all__ = ["LoadingAgents", "Ticket"]
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Ticket:
+    """One load on its way: where it goes, and how many of its pieces are not there yet.
+
+    Args:
+        name: for messages and traces.
+        slot: the memory it fills.
+        on_done: called once, by the agent that finished the last piece, outside every lock.
+        is_abandoned: asked before each read; a ticket that nobody needs any more is done without reading.
+    """
+
+    name: str
+    slot: memoryview
+    pieces: tuple[Piece, ...]
+    codec: Codec | None = None
+    on_done: Callable[["Ticket"], None]
+    is_abandoned: Callable[[], bool] = field(default=lambda: False)
+    left: int = 0
+
+
+class LoadingAgents:
+    """`num_agents` threads that share one queue of pieces, so that several fetch one block together (PIPELOAD, stage 2).
+
+    Blocking: `submit` never blocks; `close` waits for the reads under way. An error stops the agent, is given to
+    `on_error`, and nothing more is read.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        num_agents: int,
+        buffer_bytes: int,
+        on_error: Callable[[BaseException], None],
+        on_read: Callable[[str, Ticket, Piece, float, float], None] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._reader = reader
+        self._on_error = on_error
+        self._on_read = on_read
+        self._clock = clock
+        self._queue: deque[tuple[Ticket, Piece | None]] = deque()
+        self._work = threading.Condition()
+        self._closed = False
+        self._buffers = [Arena(buffer_bytes) for _ in range(num_agents)] if buffer_bytes else []
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), name=f"hermes-loader-{number}", daemon=True)
+            for number in range(num_agents)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, tickets: Iterable[Ticket], *, urgent: bool = False) -> None:
+        """Queue every piece of the tickets, in order; urgent ones before all that is queued. Dropped once closed."""
+        pairs: list[tuple[Ticket, Piece | None]] = []
+        for ticket in tickets:
+            parts = ticket.pieces or (None,)  # nothing to read for an empty tensor, but somebody must say it is done
+            ticket.left = len(parts)
+            pairs += [(ticket, part) for part in parts]
+        with self._work:
+            if self._closed:
+                return
+            if urgent:
+                self._queue.extendleft(reversed(pairs))
+            else:
+                self._queue.extend(pairs)
+            self._work.notify(len(pairs))
+
+    def close(self) -> None:
+        """Drop what is queued, wait for what is being read, end the threads. Idempotent."""
+        self._stop()
+        for thread in self._threads:
+            thread.join()
+        for buffer in self._buffers:
+            buffer.close()
+        self._buffers = []
+
+    def _stop(self) -> None:
+        with self._work:
+            self._closed = True
+            self._queue.clear()
+            self._work.notify_all()
+
+    def _next(self) -> tuple[Ticket, Piece | None] | None:
+        with self._work:
+            while not self._queue:
+                if self._closed:
+                    return None
+                self._work.wait()
+            return self._queue.popleft()
+
+    def _run(self, number: int) -> None:
+        name = f"loader {number}"
+        buffer = self._buffers[number].view if self._buffers else memoryview(b"")
+        try:
+            while (item := self._next()) is not None:
+                ticket, piece = item
+                if piece is not None and not ticket.is_abandoned():
+                    start = self._clock()
+                    self._read(ticket, piece, buffer)
+                    if self._on_read is not None:
+                        self._on_read(name, ticket, piece, start, self._clock())
+                with self._work:
+                    ticket.left -= 1
+                    done = ticket.left == 0
+                if done:
+                    ticket.on_done(ticket)
+                del item, ticket, piece
+        except BaseException as error:  # noqa: BLE001 - whatever stops an agent must stop the others, and be seen
+            self._stop()
+            self._on_error(error)
+
+    def _read(self, ticket: Ticket, piece: Piece, buffer: memoryview) -> None:
+        try:
+            if not piece.bounced:
+                target = ticket.slot[piece.target : piece.target + piece.length]
+                self._reader.read_into(piece.file, piece.offset, target, piece.required)
+                return
+            self._reader.read_into(piece.file, piece.offset, buffer[: piece.length], piece.required)
+            source = buffer[piece.skip : piece.skip + piece.nbytes]
+            target = ticket.slot[piece.target : piece.target + piece.target_bytes]
+            if ticket.codec is None:
+                target[:] = source
+            else:
+                ticket.codec(source, target)
+        except ReadError as error:
+            raise ReadError(f"{ticket.name}: {error}") from error
+        except HermesError:
+            raise
+        except Exception as error:
+            raise EngineError(f"{ticket.name}: cannot place its bytes: {error}") from error

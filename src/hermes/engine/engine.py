@@ -1,0 +1,354 @@
+"""One engine for every run: it owns the arenas, the agents and the ledger, and carries out `Pipeline`'s orders.
+
+**Threads and locks.** The Inference Agent is whoever calls `want` and `done`: one thread at a time. Loading Agents call
+`_fetched`; the Daemon Agent calls `_watch`. `_lock` guards the state machine, the ledger and the statistics; it is never
+held over a read or a computation. The agents' own queue lock is taken inside it, never the other way round.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+
+from hermes.checkpoint.readers import Reader
+from hermes.engine.agents import LoadingAgents, Ticket
+from hermes.engine.daemon import MemorySample, bytes_to_give_back
+from hermes.engine.stats import EngineStats, Span
+from hermes.errors import BudgetError, EngineError, HermesError
+from hermes.memory.arena import Arena
+from hermes.memory.ledger import Ledger
+from hermes.memory.probe import find_cgroup, resident_bytes
+from hermes.pipeload import BlockDone, BlockWanted, Compute, Fetch, Load, LoadEvicted, LoadFetched, Order, Piece, Pipeline, Place
+from hermes.units import format_budget, format_bytes
+
+__all__ = ["Engine", "EngineConfig"]
+
+WATCH_SECONDS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the planner settled.
+
+    Attributes:
+        ring_bytes: the window.
+        resident: for each block, its loads that stay in memory.
+        num_agents: Loading Agents.
+        buffer_bytes: of each agent, for loads that cannot be read straight into place; 0 if there are none.
+        ahead: False is the sequential engine.
+        blocks_in_pass: how many of the blocks a pass is expected to visit; None is all.
+        limit_bytes: the process's resident set above which resident weights are given back.
+        record: keep a span for each read and each block.
+    """
+
+    ring_bytes: int
+    resident: Sequence[Set[int]]
+    num_agents: int
+    buffer_bytes: int = 0
+    ahead: bool = True
+    blocks_in_pass: int | None = None
+    limit_bytes: int
+    record: bool = False
+
+
+class Engine:
+    """Streams blocks through a bounded window for one model.
+
+    Args:
+        blocks: the loads of each block, in the order of a pass.
+        pinned: loads that are kept from start to end and belong to no block.
+        reader: closed with the engine.
+        ledger: window, resident and buffer bytes are reserved here before any memory is taken.
+
+    Raises:
+        BudgetError: from the constructor, when they do not fit.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[Load]],
+        *,
+        pinned: Sequence[Load],
+        reader: Reader,
+        ledger: Ledger,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.stats = EngineStats()
+        self.clock = clock
+        self.ledger = ledger
+        self._blocks = blocks
+        self._pinned = pinned
+        self._reader = reader
+        self._config = config
+        self._slots: dict[tuple[int, int], int] = {}  # (block, load) -> offset in the resident store
+        self._pinned_slots: list[int] = []
+        store_bytes = 0
+        for load in pinned:
+            self._pinned_slots.append(store_bytes)
+            store_bytes += load.slot_bytes
+        for number, loads in enumerate(config.resident):
+            for load_number in sorted(loads):
+                self._slots[number, load_number] = store_bytes
+                store_bytes += blocks[number][load_number].slot_bytes
+        ledger.reserve("window", config.ring_bytes)
+        ledger.reserve("resident", store_bytes)
+        ledger.reserve("buffers", config.buffer_bytes * config.num_agents)
+        self.ring = Arena(config.ring_bytes)
+        self.store = Arena(store_bytes)
+        self._pipeline = Pipeline(
+            [[load.slot_bytes for load in loads] for loads in blocks],
+            config.resident,
+            config.ring_bytes,
+            ahead=config.ahead,
+            blocks_in_pass=config.blocks_in_pass,
+        )
+        self._lock = threading.RLock()
+        self._ready = threading.Condition(self._lock)
+        self._granted: Compute | None = None
+        self._error: BaseException | None = None
+        self._closed = threading.Event()
+        self._give_back_bytes = 0
+        self._pass_start: float | None = None
+        self._pass_mark = (0, 0.0)
+        self._block_start = 0.0
+        self._held: int | None = None
+        self._agents = LoadingAgents(
+            reader,
+            num_agents=config.num_agents,
+            buffer_bytes=config.buffer_bytes,
+            on_error=self._fail,
+            on_read=self._count_read,
+            clock=clock,
+        )
+        self._daemon = threading.Thread(target=self._watch, name="hermes-daemon", daemon=True)
+        self._daemon.start()
+
+    # ------------------------------------------------------------------ the Inference Agent's side
+
+    def start(self) -> list[Place]:
+        """Fetch what is pinned (blocking), then begin to load the first pass. Places of the pinned loads, in order."""
+        places = [
+            Place(resident=True, offset=slot + load.data_offset)
+            for slot, load in zip(self._pinned_slots, self._pinned, strict=True)
+        ]
+        self.fetch(
+            [
+                (load, self.store.view[slot : slot + load.slot_bytes])
+                for slot, load in zip(self._pinned_slots, self._pinned, strict=True)
+            ]
+        )
+        with self._lock:
+            self._carry_out(self._pipeline.start())
+        return places
+
+    def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
+        """Read loads into memory of the caller's, before anything else that is queued; blocks until they are there."""
+        if not loads:
+            return
+        left = len(loads)
+
+        def on_done(_: Ticket) -> None:
+            nonlocal left
+            with self._lock:
+                left -= 1
+                if not left:
+                    self._ready.notify_all()
+
+        start = self.clock()
+        self._agents.submit(
+            [
+                Ticket(name=load.name, slot=slot, pieces=load.pieces, codec=load.codec, on_done=on_done)
+                for load, slot in loads
+            ],
+            urgent=True,
+        )
+        with self._lock:
+            while left:
+                self._raise_if_stopped()
+                self._ready.wait()
+            self.stats.stall_seconds += self.clock() - start
+
+    def want(self, block: int) -> tuple[Place, ...]:
+        """Release what is held, and block until every load of `block` is in memory; their places, in order.
+
+        Raises:
+            ReadError: a file of the checkpoint could not be read, vanished or changed.
+            EngineError: another agent failed, or the engine is closed.
+        """
+        with self._lock:
+            self._raise_if_stopped()
+            start = self.clock()
+            self._release(start)
+            self._granted = None
+            self._carry_out(self._pipeline.on(BlockWanted(block)))
+            while self._granted is None:
+                self._raise_if_stopped()
+                self._ready.wait()
+            granted: Compute = self._granted
+            self._block_start = self.clock()
+            self._held = block
+            stalled = self._block_start - start
+            self.stats.stall_seconds += stalled
+            if self._config.record and stalled > 1e-5:
+                self.stats.spans.append(Span("inference", "wait", start, self._block_start))
+            return tuple(
+                Place(resident=False, offset=offset + load.data_offset)
+                if offset is not None
+                else Place(resident=True, offset=self._slots[block, number] + load.data_offset)
+                for number, (load, offset) in enumerate(zip(self._blocks[block], granted.offsets, strict=True))
+            )
+
+    def begin_pass(self) -> None:
+        """A sweep over the blocks begins. Raises ReadError if a file has changed since it was opened."""
+        self._reader.check()
+        with self._lock:
+            self._raise_if_stopped()
+            self._pass_start = self.clock()
+            self._pass_mark = (self.stats.bytes_read, self.stats.stall_seconds)
+
+    def end_pass(self) -> None:
+        """The sweep is over, or was given up: release what is held, and look at real memory.
+
+        Raises BudgetError where the process has outgrown its budget and no resident weights are left to give back.
+        """
+        with self._lock:
+            now = self.clock()
+            self._release(now)
+            self._carry_out(self._pipeline.on(BlockDone()))
+            if self._pass_start is not None:
+                self.stats.passes += 1
+                self.stats.pass_seconds.append(now - self._pass_start)
+                self.stats.pass_bytes.append(self.stats.bytes_read - self._pass_mark[0])
+                self.stats.pass_stall_seconds.append(self.stats.stall_seconds - self._pass_mark[1])
+                self._pass_start = None
+        self._balance(resident_bytes(), 0.0)
+
+    def close(self) -> None:
+        """Stop and join every agent, drop the memory, close the files. Idempotent; never raises what an agent raised."""
+        with self._lock:
+            self._closed.set()
+            self._ready.notify_all()
+        self._agents.close()
+        if threading.current_thread() is not self._daemon:
+            self._daemon.join()
+        self.ring.close()
+        self.store.close()
+        self._reader.close()
+
+    def _release(self, now: float) -> None:
+        if self._held is not None and self._config.record:
+            self.stats.spans.append(Span("inference", f"block {self._held}", self._block_start, now))
+        self._held = None
+
+    def _raise_if_stopped(self) -> None:
+        if self._error is not None:
+            if isinstance(self._error, HermesError):
+                raise type(self._error)(str(self._error)) from self._error
+            raise EngineError(f"an agent failed: {self._error!r}") from self._error
+        if self._closed.is_set():
+            raise EngineError("the engine is closed; load the model again")
+
+    # ------------------------------------------------------------------ the Loading Agents' side
+
+    def _carry_out(self, orders: Sequence[Order]) -> None:
+        tickets = []
+        for order in orders:
+            match order:
+                case Fetch():
+                    tickets.append(self._ticket(order))
+                case Compute():
+                    self._granted = order
+                    self._ready.notify_all()
+        if tickets:
+            self._agents.submit(tickets)
+
+    def _ticket(self, order: Fetch) -> Ticket:
+        load = self._blocks[order.block][order.load]
+
+        def fetched(_: Ticket) -> None:
+            with self._lock:
+                self._carry_out(self._pipeline.on(LoadFetched(order.visit)))
+
+        def is_abandoned() -> bool:
+            with self._lock:
+                return order.offset is not None and self._pipeline.is_abandoned(order.visit)
+
+        arena, offset = (
+            (self.store, self._slots[order.block, order.load]) if order.offset is None else (self.ring, order.offset)
+        )
+        slot = arena.view[offset : offset + load.slot_bytes]
+        return Ticket(
+            name=load.name, slot=slot, pieces=load.pieces, codec=load.codec, on_done=fetched, is_abandoned=is_abandoned
+        )
+
+    def _count_read(self, agent: str, ticket: Ticket, piece: Piece, start: float, end: float) -> None:
+        with self._lock:
+            self.stats.bytes_read += piece.length
+            if self._config.record:
+                self.stats.spans.append(Span(agent, ticket.name, start, end, piece.length))
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._ready.notify_all()
+
+    # ------------------------------------------------------------------ the Daemon Agent's side
+
+    def _watch(self) -> None:
+        cgroup = find_cgroup()
+        refaults = cgroup.refaults() if cgroup is not None else 0
+        last = self.clock()
+        while not self._closed.wait(WATCH_SECONDS):
+            now, rss = self.clock(), resident_bytes()
+            rate = 0.0
+            if cgroup is not None:
+                seen = cgroup.refaults()
+                rate = (seen - refaults) / (now - last)
+                refaults = seen
+            last = now
+            if self._config.record:
+                with self._lock:
+                    self.stats.memory.append((now, rss))
+            try:
+                self._balance(rss, rate)
+            except BudgetError as error:
+                self._fail(error)
+
+    def _balance(self, rss: int, refaults_per_second: float) -> None:
+        """Give resident weights back as far as needed; refuse when that is not enough (never during normal running)."""
+        sample = MemorySample(
+            resident_bytes=rss, limit_bytes=self._config.limit_bytes, refaults_per_second=refaults_per_second
+        )
+        with self._lock:
+            excess = bytes_to_give_back(sample)
+            if excess:
+                freed = self._evict(excess)
+                if freed < rss - self.ledger.budget_bytes:
+                    needed = rss - freed + self._config.ring_bytes // 8
+                    raise BudgetError(
+                        f"the process holds {format_bytes(rss)} and has no weights left to give back; its budget is "
+                        f"{format_bytes(self.ledger.budget_bytes)} (a longer text or a larger batch than was planned "
+                        f"for?); try --budget {format_budget(needed)}",
+                        minimum_bytes=needed,
+                    )
+
+    def _evict(self, nbytes: int) -> int:
+        """Turn resident loads into streamed ones, from the block that keeps most, until `nbytes` are free."""
+        freed = 0
+        kept: dict[int, int] = {}
+        for (block, load), _ in self._slots.items():
+            kept[block] = kept.get(block, 0) + self._blocks[block][load].slot_bytes
+        for block, load in sorted(self._slots, key=lambda key: -kept[key[0]]):
+            if freed >= nbytes:
+                break
+            if not self._pipeline.can_evict(block, load):
+                continue
+            self._carry_out(self._pipeline.on(LoadEvicted(block, load)))
+            slot_bytes = self._blocks[block][load].slot_bytes
+            self.store.discard(self._slots.pop((block, load)), slot_bytes)
+            freed += slot_bytes
+        if freed:
+            self.ledger.reserve("resident", self.ledger.accounts["resident"] - freed)
+            self.stats.evicted_bytes += freed
+        return freed

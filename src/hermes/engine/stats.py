@@ -1,0 +1,33 @@
+"""What the engine counts while it runs."""
+
+from dataclasses import dataclass, field
+
+__all__ = ["EngineStats", "Span"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something an agent did, for traces and profiles. Seconds are on the engine's clock."""
+
+    agent: str
+    name: str
+    start_seconds: float
+    end_seconds: float
+    nbytes: int = 0
+
+
+@dataclass(kw_only=True)
+class EngineStats:
+    """Running totals; written under the engine's lock, read whenever."""
+
+    bytes_read: int = 0
+    stall_seconds: float = 0.0
+    passes: int = 0
+    pass_seconds: list[float] = field(default_factory=list)
+    pass_bytes: list[int] = field(default_factory=list)
+    pass_stall_seconds: list[float] = field(default_factory=list)
+    evicted_bytes: int = 0
+    spans: list[Span] = field(default_factory=list)
+    """Empty unless the engine records."""
+    memory: list[tuple[float, int]] = field(default_factory=list)
+    """(seconds, resident set bytes), as sampled by the Daemon Agent; empty unless the engine records."""

@@ -1,0 +1,48 @@
+"""The C library's heap, kept from hoarding: what torch frees between blocks must leave the process, or the budget pays.
+
+Covers glibc only; elsewhere both functions say so by returning False. The arena for weights is in `arena`.
+"""
+
+import ctypes
+
+__all__ = ["keep_heap_tight", "trim_heap"]
+
+# Parameter numbers of mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+
+_NUM_ARENAS = 2
+_THRESHOLD_BYTES = 1 << 20
+
+
+def keep_heap_tight() -> bool:
+    """Make freed activations go back to the kernel at once; True if the allocator took every setting.
+
+    Left alone, glibc raises its mmap threshold to the largest block freed so far (up to 32 MiB), after which buffers of
+    that size stay in the heap, and gives every thread an arena of its own to keep them in. Setting a threshold by hand
+    turns that growth off. Call before threads start and before the first large buffer; calling again changes nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    mallopt.argtypes = (ctypes.c_int, ctypes.c_int)
+    mallopt.restype = ctypes.c_int
+    settings = (
+        (_M_ARENA_MAX, _NUM_ARENAS),
+        (_M_MMAP_THRESHOLD, _THRESHOLD_BYTES),
+        (_M_TRIM_THRESHOLD, _THRESHOLD_BYTES),
+    )
+    return all([mallopt(parameter, setting) == 1 for parameter, setting in settings])
+
+
+def trim_heap() -> bool:
+    """Give free heap pages back to the kernel; True if any were. Walks the whole heap (milliseconds): not per block."""
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return False
+    malloc_trim.argtypes = (ctypes.c_size_t,)
+    malloc_trim.restype = ctypes.c_int
+    return bool(malloc_trim(0) == 1)

@@ -1,0 +1,212 @@
+"""Hooks that make a module's own `forward` pull its blocks through the engine, with no change to its code.
+
+Before a unit's module runs, its block is wanted; the block held until then is released. Row-wise embeddings and heads
+cut by rows get a forward of their own; everything else keeps its own.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hermes.memory.arena import Arena
+from hermes.model.blocks import Block, LoadFactory
+from hermes.model.units import Partition
+from hermes.pipeload import Load, Place
+
+__all__ = ["Binding", "BlockSource"]
+
+ROWS_AT_A_TIME_BYTES = 4 * 2**20
+"""Memory that row-wise lookups pass through."""
+
+
+class BlockSource(Protocol):
+    """The engine, as seen from the model."""
+
+    ring: Arena
+    store: Arena
+
+    def start(self) -> list[Place]:
+        """Fetch what is pinned and begin to load."""
+
+    def want(self, block: int) -> tuple[Place, ...]:
+        """Wait for a block."""
+
+    def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
+        """Read loads into the given memory, now."""
+
+    def begin_pass(self) -> None:
+        """A sweep begins."""
+
+    def end_pass(self) -> None:
+        """A sweep is over."""
+
+
+class Binding:
+    """Ties a skeleton to an engine. One forward at a time; `detach` gives the skeleton its placeholders back.
+
+    Args:
+        module: the skeleton.
+        source: the engine, not yet started.
+        blocks: in the engine's order.
+        pinned: the block of what stays in memory.
+        partition: which modules wait for which units.
+        block_of_unit: number of the block that holds each unit.
+        factory: makes the loads of single rows.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        source: BlockSource,
+        *,
+        blocks: Sequence[Block],
+        pinned: Block,
+        partition: Partition,
+        block_of_unit: Sequence[int],
+        factory: LoadFactory,
+    ) -> None:
+        self._module = module
+        self._source = source
+        self._blocks = blocks
+        self._pinned = pinned
+        self._factory = factory
+        self._current: int | None = None
+        self._depth = 0
+        self._ring: torch.UntypedStorage | None = _storage(source.ring)
+        self._store: torch.UntypedStorage | None = _storage(source.store)
+        modules = dict(module.named_modules())
+        self._handles: list[Any] = []
+        self._forwards: list[nn.Module] = []
+        for number, unit in enumerate(partition.units):
+            if unit.rows is None:
+                hook = _enter_hook(self, block_of_unit[number])
+                self._handles.append(modules[unit.module].register_forward_pre_hook(hook))
+        for name in partition.rowwise:
+            self._replace(modules[name], self._rowwise_forward(modules[name], f"{name}.weight" if name else "weight"))
+        for name, units in partition.heads.items():
+            ranges = [(block_of_unit[unit], partition.units[unit].rows or (0, 0)) for unit in units]
+            self._replace(modules[name], self._head_forward(modules[name], ranges))
+        self._handles.append(module.register_forward_pre_hook(self._begin, prepend=True))
+        self._handles.append(module.register_forward_hook(self._end, always_call=True))
+
+    def start(self) -> None:
+        """Bind what is pinned (blocking) and let the engine begin to load."""
+        places = self._source.start()
+        for bound in self._pinned.bound:
+            bound.bind(self._memory, places)
+
+    def enter(self, block: int) -> None:
+        """Make `block` the one whose parameters are there; waits until it is loaded."""
+        if block == self._current:
+            return
+        self._leave()
+        places = self._source.want(block)
+        self._current = block
+        for bound in self._blocks[block].bound:
+            bound.bind(self._memory, places)
+
+    def detach(self) -> None:
+        """Take hooks and forwards away, and every tensor off the engine's memory."""
+        self._leave()
+        for bound in self._pinned.bound:
+            bound.unbind()
+        for handle in self._handles:
+            handle.remove()
+        for module in self._forwards:
+            module.__dict__.pop("forward", None)
+        self._handles, self._forwards = [], []
+        self._ring = self._store = None
+
+    def _leave(self) -> None:
+        if self._current is not None:
+            for bound in self._blocks[self._current].bound:
+                bound.unbind()
+            self._current = None
+
+    def _memory(self, place: Place) -> torch.UntypedStorage:
+        storage = self._store if place.resident else self._ring
+        if storage is None:
+            raise RuntimeError("detached")
+        return storage
+
+    def _begin(self, *_: object) -> None:
+        if self._depth == 0:
+            self._source.begin_pass()
+        self._depth += 1
+
+    def _end(self, *_: object) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth == 0:
+            self._leave()
+            self._source.end_pass()
+
+    def _replace(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+        module.__dict__["forward"] = forward
+        self._forwards.append(module)
+
+    def _head_forward(
+        self, head: nn.Module, ranges: Sequence[tuple[int, tuple[int, int]]]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's own name
+            output = input.new_empty(*input.shape[:-1], ranges[-1][1][1])
+            bias = head.bias
+            for block, (begin, end) in ranges:
+                self.enter(block)
+                (bound,) = self._blocks[block].bound
+                part = None if bias is None else bias[begin:end]
+                output[..., begin:end] = functional.linear(input, bound.live, part)
+            return output
+
+        return forward
+
+    def _rowwise_forward(self, embedding: nn.Module, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        weight = self._factory.canonical(name)
+
+        def forward(input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Embedding's own name
+            rows, place = torch.unique(input, return_inverse=True)
+            if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < embedding.num_embeddings:
+                raise IndexError(f"{name}: index {int(rows[-1])} is outside its {embedding.num_embeddings} rows")
+            return functional.embedding(place, self._read_rows(weight, rows.tolist()))
+
+        return forward
+
+    def _read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """The given rows (sorted, distinct) of a parameter, in order; runs of neighbours come in one read."""
+        table = self._factory.empty_rows(name, len(rows))
+        buffer: Arena | None = None
+        start = 0
+        while start < len(rows):
+            loads: list[tuple[Load, int, int]] = []  # load, its slot, its first row in the table
+            used = 0
+            while start < len(rows) and (used < ROWS_AT_A_TIME_BYTES or not loads):
+                end = start + 1
+                limit = max(1, ROWS_AT_A_TIME_BYTES // (table.stride(0) * table.element_size()))
+                while end < len(rows) and rows[end] == rows[end - 1] + 1 and end - start < limit:
+                    end += 1
+                load = self._factory.rows(name, rows[start], rows[end - 1] + 1)
+                loads.append((load, used, start))
+                used += load.slot_bytes
+                start = end
+            if buffer is None or buffer.nbytes < used:
+                buffer = Arena(used)
+            self._source.fetch([(load, buffer.view[slot : slot + load.slot_bytes]) for load, slot, _ in loads])
+            flat = torch.frombuffer(buffer.view, dtype=torch.uint8)
+            for load, slot, first in loads:
+                begin = slot + load.data_offset
+                target = table[first : first + load.nbytes // (table.stride(0) * table.element_size())]
+                target.view(torch.uint8).view(-1).copy_(flat[begin : begin + load.nbytes])
+        return table
+
+
+def _enter_hook(binding: Binding, block: int) -> Callable[..., None]:
+    def hook(*_: object) -> None:
+        binding.enter(block)
+
+    return hook
+
+
+def _storage(arena: Arena) -> torch.UntypedStorage:
+    return torch.frombuffer(arena.view, dtype=torch.uint8).untyped_storage()

@@ -1,0 +1,204 @@
+"""From units to what the engine moves (`Load`s) and what the model sees (`Bound` parameters over that memory)."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hermes.checkpoint.index import DTYPE_BYTES, Extent
+from hermes.model.mapping import Source
+from hermes.model.units import Unit
+from hermes.pipeload import Codec, Load, Place, plan_load
+
+__all__ = ["Block", "Bound", "LoadFactory", "torch_dtype"]
+
+_TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors spelling."""
+    return _TORCH_DTYPES[name]
+
+
+class Bound:
+    """One parameter (or row range of one) as the model sees it while its bytes are in memory.
+
+    `bind` points the live tensor at the bytes and puts it where the module looks for it; `unbind` puts the placeholder
+    on the meta device back, so that a use outside the block's time is an error, never a wrong number.
+    """
+
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        homes: Sequence[tuple[dict[str, Any], str]],
+        loads: range,
+        *,
+        shape: Sequence[int] | None = None,
+        source: Source,
+    ) -> None:
+        self.loads = loads
+        self.live: torch.Tensor = torch.empty(0, dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            self.live = nn.Parameter(self.live, requires_grad=False)
+        self._homes = homes
+        self._placeholder = tensor
+        self._shape = tuple(tensor.shape if shape is None else shape)
+        self._stride = _contiguous_stride(self._shape)
+        self._item_bytes = tensor.element_size()
+        self._source = source
+
+    def bind(self, memory: Callable[[Place], torch.UntypedStorage], places: Sequence[Place]) -> None:
+        """Point at the bytes; `places` are those of all loads of the block."""
+        if self._source.convert is None:
+            place = places[self.loads.start]
+            self.live.set_(memory(place), place.offset // self._item_bytes, self._shape, self._stride)  # type: ignore[call-overload]
+        else:
+            self.live.set_(self._convert(memory, places))  # type: ignore[call-overload]
+        for table, name in self._homes:
+            table[name] = self.live
+
+    def unbind(self) -> None:
+        """Forget the bytes; they may be anybody's from now on."""
+        for table, name in self._homes:
+            table[name] = self._placeholder
+
+    def _convert(self, memory: Callable[[Place], torch.UntypedStorage], places: Sequence[Place]) -> torch.Tensor:
+        source = self._source
+        if source.convert is None or source.shapes is None:
+            raise ValueError("nothing to convert")
+        dtype = torch_dtype(source.dtype)
+        raw = []
+        for load, shape in zip(self.loads, source.shapes, strict=True):
+            place, tensor = places[load], torch.empty(0, dtype=dtype)
+            tensor.set_(memory(place), place.offset // tensor.element_size(), shape, _contiguous_stride(shape))  # type: ignore[call-overload]
+            raw.append(tensor)
+        return source.convert(raw).to(self.live.dtype).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What is loaded, computed and released together."""
+
+    name: str
+    loads: tuple[Load, ...]
+    bound: tuple[Bound, ...]
+
+
+class LoadFactory:
+    """Makes blocks of one skeleton, for one reader's alignment and one piece size."""
+
+    def __init__(self, module: nn.Module, sources: Mapping[str, Source], *, alignment: int, piece_bytes: int) -> None:
+        self._sources = sources
+        self._alignment = alignment
+        self._piece_bytes = piece_bytes
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._homes: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for prefix, child in module.named_modules():
+            for table in (child._parameters, child._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        self._tensors[f"{prefix}.{name}" if prefix else name] = tensor
+                        self._homes.setdefault(id(tensor), []).append((table, name))
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What an agent needs for a piece that cannot be read straight into place."""
+        return self._piece_bytes + 2 * self._alignment
+
+    def block(self, units: Iterable[Unit]) -> Block:
+        """The block of these units."""
+        loads: list[Load] = []
+        bound: list[Bound] = []
+        units = list(units)
+        for unit in units:
+            for parameter in unit.parameters:
+                self._add(parameter, unit.rows, loads, bound)
+        name = units[0].name if len(units) == 1 else f"{units[0].name} .. {units[-1].name}"
+        return Block(name=name, loads=tuple(loads), bound=tuple(bound))
+
+    def pinned(self, names: Iterable[str]) -> Block:
+        """Parameters and buffers that stay."""
+        loads: list[Load] = []
+        bound: list[Bound] = []
+        for name in names:
+            self._add(name, None, loads, bound)
+        return Block(name="pinned", loads=tuple(loads), bound=tuple(bound))
+
+    def canonical(self, name: str) -> str:
+        """The name on disk of the tensor that the model has under `name`."""
+        return next(source for source in self._sources if self._tensors[source] is self._tensors[name])
+
+    def empty_rows(self, name: str, num_rows: int) -> torch.Tensor:
+        """Memory for that many rows of a parameter."""
+        tensor = self._tensors[name]
+        return torch.empty(num_rows, *tensor.shape[1:], dtype=tensor.dtype)
+
+    def rows(self, name: str, begin: int, end: int) -> Load:
+        """Rows `begin` to `end` of a parameter."""
+        return self._plain(name, (begin, end))
+
+    def _add(self, name: str, rows: tuple[int, int] | None, loads: list[Load], bound: list[Bound]) -> None:
+        source, tensor = self._sources[name], self._tensors[name]
+        first = len(loads)
+        if source.convert is None:
+            loads.append(self._plain(name, rows))
+            shape = list(tensor.shape) if rows is None else [rows[1] - rows[0], *tensor.shape[1:]]
+            homes = self._homes[id(tensor)] if rows is None else []
+        else:
+            loads += [
+                plan_load(
+                    name,
+                    [extent],
+                    extent.nbytes,
+                    alignment=self._alignment,
+                    piece_bytes=self._piece_bytes,
+                    item_bytes=DTYPE_BYTES[source.dtype],
+                )
+                for extent in source.extents
+            ]
+            shape, homes = list(tensor.shape), self._homes[id(tensor)]
+        bound.append(Bound(tensor, homes, range(first, len(loads)), shape=shape, source=source))
+
+    def _plain(self, name: str, rows: tuple[int, int] | None) -> Load:
+        source, tensor = self._sources[name], self._tensors[name]
+        extents = source.extents
+        shape = list(tensor.shape)
+        if rows is not None:
+            row_bytes = extents[0].nbytes // shape[0]
+            offset, nbytes = extents[0].offset + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
+            extents = (Extent(file=extents[0].file, offset=offset, nbytes=nbytes),)
+            shape[0] = rows[1] - rows[0]
+        stored = torch_dtype(source.dtype)
+        return plan_load(
+            name,
+            extents,
+            math.prod(shape) * tensor.element_size(),
+            alignment=self._alignment,
+            piece_bytes=self._piece_bytes,
+            item_bytes=tensor.element_size(),
+            codec=None if stored == tensor.dtype else _cast(stored, tensor.dtype),
+        )
+
+
+def _cast(stored: torch.dtype, wanted: torch.dtype) -> Codec:
+    """Rounds as `Tensor.to` does, which is what loading with that dtype would have done."""
+
+    def codec(source: memoryview, target: memoryview) -> None:
+        torch.frombuffer(target, dtype=wanted).copy_(torch.frombuffer(source, dtype=stored))
+
+    return codec
+
+
+def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    stride = [1]
+    for size in reversed(shape[1:]):
+        stride.append(stride[-1] * max(size, 1))
+    return tuple(reversed(stride)) if shape else ()

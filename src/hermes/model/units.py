@@ -1,0 +1,230 @@
+"""Cutting a model into units, the smallest things that are loaded, computed and released; units make blocks.
+
+A *unit* is a module together with the parameters that are used while it is the innermost one running: usually one big
+matrix. A vocabulary head becomes several units, one for each range of rows. Outside the units stand the *pinned*
+parameters (small ones, and ones that several modules share) and the *row-wise* embeddings, of which only the rows that are
+looked up are ever read.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from hermes.model.mapping import Source, WeightMap
+from hermes.model.trace import Trace, Use
+
+__all__ = ["GRANULARITIES", "Granularity", "Partition", "Unit", "group_units", "partition"]
+
+Granularity = Literal["leaf", "half", "layer"]
+GRANULARITIES: tuple[Granularity, ...] = ("leaf", "half", "layer")
+
+PIN_BYTES = 64 * 2**10
+"""Parameters up to this size stay in memory: reading one costs a disk access, whatever its size."""
+HEAD_ROWS = 4096
+"""Row ranges of a head are multiples of this: fewer rows can round differently from the whole matrix."""
+_LAYER = re.compile(r"^(.*?\.\d+)(?:\.(.*))?$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Parameters that are loaded when `module` is about to run; `rows` of its weight only, in a head cut by rows."""
+
+    module: str
+    parameters: tuple[str, ...]
+    rows: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Module, and range of rows."""
+        return self.module if self.rows is None else f"{self.module}[{self.rows[0]}:{self.rows[1]}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """Every parameter on disk, once: in a unit, pinned, or behind a row-wise embedding or a head cut by rows.
+
+    Attributes:
+        units: in the order of a pass; from `num_in_pass` on, those that the traced pass did not touch.
+        pinned: names of parameters and buffers.
+        rowwise: embedding modules read by row.
+        heads: for each head cut by rows, its units' numbers.
+    """
+
+    units: tuple[Unit, ...]
+    num_in_pass: int
+    pinned: tuple[str, ...]
+    rowwise: tuple[str, ...]
+    heads: Mapping[str, tuple[int, ...]]
+
+
+def partition(module: nn.Module, weights: WeightMap, trace: Trace | None, *, head_rows: int = HEAD_ROWS) -> Partition:
+    """Cut `module` along its trace, or (without one) in the order in which its modules were registered."""
+    tables = _Tables(module, weights.sources)
+    uses = tables.uses(trace)
+    nbytes = {name: tables.nbytes(name) for name in weights.sources}
+    pin_bytes = min(PIN_BYTES, max(nbytes.values(), default=0) // 64)
+    rowwise = {name for name in tables.modules if tables.is_rowwise(name) and nbytes[tables.weight(name)] > pin_bytes}
+    cut = {name for name in tables.modules if tables.is_wide_head(name, head_rows)}
+    users: dict[str, list[str]] = {name: [] for name in weights.sources}
+    for use in uses:
+        if use.parameter and use.module not in users[use.parameter]:
+            users[use.parameter].append(use.module)
+    large = {name for name, size in nbytes.items() if size > pin_bytes}
+    interrupted = tables.parents() if trace is None else _interrupted(uses, trace, rowwise, large)
+
+    pinned: list[str] = []
+    owned: dict[str, list[str]] = {}  # module -> parameters, modules in order of first use
+    order: dict[str, int] = {}
+    for name, size in nbytes.items():
+        modules = [user for user in users[name] if user not in rowwise and not (user in cut and tables.weight(user) == name)]
+        is_served = len(modules) < len(users[name])
+        if not modules and not is_served:
+            modules = [tables.owner(name)]
+            if modules[0] in rowwise or modules[0] in cut:
+                continue
+        if not modules:
+            continue
+        if size <= pin_bytes or len(modules) > 1 or modules[0] in interrupted or modules[0] in cut or tables.is_buffer(name):
+            pinned.append(name)
+        else:
+            owned.setdefault(modules[0], []).append(name)
+    for index, use in enumerate(uses):
+        order.setdefault(use.module, index)
+    largest = max((nbytes[name] for names in owned.values() for name in names), default=0)
+    units: list[Unit] = []
+    heads: dict[str, list[int]] = {}
+    num_in_pass = 0
+    last = len(uses)
+    for name in sorted({*owned, *cut}, key=lambda name: order.get(name, last)):
+        if name in cut:
+            ranges = _row_ranges(tables.shape(tables.weight(name)), nbytes[tables.weight(name)], largest, head_rows)
+            heads[name] = [len(units) + number for number in range(len(ranges))]
+            units += [Unit(module=name, parameters=(tables.weight(name),), rows=rows) for rows in ranges]
+        else:
+            units.append(Unit(module=name, parameters=tuple(owned[name])))
+        if name in order:
+            num_in_pass = len(units)
+    return Partition(
+        units=tuple(units),
+        num_in_pass=num_in_pass,
+        pinned=tuple(pinned),
+        rowwise=tuple(sorted(rowwise)),
+        heads={name: tuple(numbers) for name, numbers in heads.items()},
+    )
+
+
+def group_units(units: Sequence[Unit], granularity: Granularity) -> list[list[int]]:
+    """Blocks as lists of unit numbers: each unit alone, the halves of each layer (attention, feed-forward), or layers.
+
+    Only neighbours in the order of the pass are put together; row ranges of a head always stand alone.
+    """
+    blocks: list[list[int]] = []
+    previous: str | None = None
+    for number, unit in enumerate(units):
+        key = unit.name if unit.rows is not None or granularity == "leaf" else _group(unit.module, granularity)
+        if key == previous:
+            blocks[-1].append(number)
+        else:
+            blocks.append([number])
+        previous = key
+    return blocks
+
+
+def _group(module: str, granularity: Granularity) -> str:
+    match = _LAYER.match(module)
+    if match is None or granularity == "layer":
+        return match[1] if match else module
+    return f"{match[1]} {'attention' if 'att' in (match[2] or '').lower() else 'feed-forward'}"
+
+
+def _row_ranges(shape: Sequence[int], nbytes: int, largest: int, head_rows: int) -> list[tuple[int, int]]:
+    """Ranges no larger than the largest other load, where `head_rows` allows it."""
+    step = max(1, largest // (nbytes // shape[0] * head_rows)) * head_rows
+    return [(begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step)]
+
+
+def _interrupted(uses: Sequence[Use], trace: Trace, rowwise: set[str], large: set[str]) -> set[str]:
+    """Modules whose own parameters are used after a module inside them has loaded something else: they cannot be a unit."""
+    found: set[str] = set()
+    last_use = {use.call: index for index, use in enumerate(uses)}
+    for call, last in last_use.items():
+        module = uses[last].module
+        between = uses[trace.call_starts.get(call, 0) : last]
+        if any(use.module != module and use.module not in rowwise and use.parameter in large for use in between):
+            found.add(module)
+    return found
+
+
+class _Tables:
+    """A skeleton's parameters and buffers by name, by module and by identity (tied ones are one)."""
+
+    def __init__(self, module: nn.Module, sources: Mapping[str, Source]) -> None:
+        self.modules = dict(module.named_modules())
+        self._sources = sources
+        self._tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
+            module.named_buffers(remove_duplicate=False)
+        )
+        self._canonical = {id(self._tensors[name]): name for name in sources}
+        self._parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+
+    def canonical(self, name: str) -> str | None:
+        """The name under which this tensor is on disk, if it is."""
+        return self._canonical.get(id(self._tensors.get(name)))
+
+    def uses(self, trace: Trace | None) -> list[Use]:
+        """The trace's uses by the name on disk, "" for what is not there; without a trace, every owner uses its own."""
+        if trace is not None:
+            return [Use(use.module, use.call, self.canonical(use.parameter) or "") for use in trace.uses]
+        return [
+            Use(self.owner(name), 0, self.canonical(name) or "") for name in self._tensors if name in self._parameters
+        ]
+
+    def parents(self) -> set[str]:
+        """Modules with parameters of their own around modules with parameters."""
+        owners = {self.owner(name) for name in self._parameters}
+        return {owner for owner in owners if any(other.startswith(f"{owner}.") or (not owner and other) for other in owners)}
+
+    def nbytes(self, name: str) -> int:
+        tensor = self._tensors[name]
+        return tensor.numel() * tensor.element_size()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def owner(self, name: str) -> str:
+        return name.rpartition(".")[0]
+
+    def is_buffer(self, name: str) -> bool:
+        return name not in self._parameters
+
+    def weight(self, module: str) -> str:
+        """Name on disk of a module's `weight`; empty if it is not there."""
+        return self.canonical(f"{module}.weight" if module else "weight") or ""
+
+    def is_rowwise(self, name: str) -> bool:
+        """An embedding whose lookup is the plain one, stored as one run of bytes."""
+        module = self.modules[name]
+        return (
+            isinstance(module, nn.Embedding)
+            and type(module).forward is nn.Embedding.forward
+            and module.max_norm is None
+            and self._is_plain(self.weight(name))
+        )
+
+    def is_wide_head(self, name: str, head_rows: int) -> bool:
+        """A linear layer with far more outputs than inputs, of two ranges of rows or more."""
+        module = self.modules[name]
+        return (
+            isinstance(module, nn.Linear)
+            and type(module).forward is nn.Linear.forward
+            and module.out_features > max(4 * module.in_features, 2 * head_rows - 1)
+            and self._is_plain(self.weight(name))
+        )
+
+    def _is_plain(self, name: str) -> bool:
+        source = self._sources.get(name)
+        return source is not None and source.convert is None and len(source.extents) == 1 and bool(math.prod(self.shape(name)))

@@ -1,0 +1,29 @@
+"""PIPELOAD's decisions, without threads, clocks, files or tensors.
+
+`Pipeline` is the state machine the engine's agents obey and the planner's simulation drives: event in, orders out.
+`Ring` is the window that streamed blocks move through. Threads are in `hermes.engine`; time is in `hermes.plan`.
+"""
+
+from hermes.pipeload.events import BlockDone, BlockWanted, Compute, Event, Fetch, LoadEvicted, LoadFetched, Order
+from hermes.pipeload.loads import Codec, Load, Piece, Place, plan_load
+from hermes.pipeload.ring import Ring
+from hermes.pipeload.state import Pipeline, smallest_ring
+
+__all__ = [
+    "BlockDone",
+    "BlockWanted",
+    "Codec",
+    "Compute",
+    "Event",
+    "Fetch",
+    "Load",
+    "LoadEvicted",
+    "LoadFetched",
+    "Order",
+    "Piece",
+    "Pipeline",
+    "Place",
+    "Ring",
+    "plan_load",
+    "smallest_ring",
+]

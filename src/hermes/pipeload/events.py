@@ -1,0 +1,58 @@
+"""What happens (events, past tense) and what is to be done (orders, imperative)."""
+
+from dataclasses import dataclass
+
+__all__ = ["BlockDone", "BlockWanted", "Compute", "Event", "Fetch", "LoadFetched", "LoadEvicted", "Order"]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWanted:
+    """The Inference Agent has come to this block; whatever it held before is done."""
+
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFetched:
+    """A Loading Agent has put one load of a visit into place (or skipped it, the visit being abandoned)."""
+
+    visit: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDone:
+    """The Inference Agent needs nothing any more: the pass is over. PIPELOAD's *destroy*."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEvicted:
+    """A resident load was given back: from its next visit on, the block streams it."""
+
+    block: int
+    load: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Loading Agents: read load number `load` of `block` into the ring at `offset`, or to its resident place (None)."""
+
+    visit: int
+    block: int
+    load: int
+    offset: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Inference Agent: the wanted block is there. PIPELOAD's *compute-ready*.
+
+    `offsets` has one entry for each load of the block: where in the ring it lies, None for a resident one.
+    """
+
+    visit: int
+    block: int
+    offsets: tuple[int | None, ...]
+
+
+Event = BlockWanted | LoadFetched | BlockDone | LoadEvicted
+Order = Fetch | Compute

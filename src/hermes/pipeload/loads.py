@@ -1,0 +1,129 @@
+"""How a tensor comes from disk into memory: pure arithmetic over extents, alignment and piece size.
+
+A *load* is one tensor as a block streams it: a slot of memory, and the *pieces* that Loading Agents read to fill it, each on its own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from hermes.checkpoint.index import Extent
+
+__all__ = ["Codec", "Load", "Piece", "Place", "plan_load"]
+
+Codec = Callable[[memoryview, memoryview], None]
+"""Turns stored bytes (first) into the parameter's bytes (second); called by Loading Agents, several at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """One read: `length` bytes at `offset` of file number `file`, at least `required` of which must be there.
+
+    Without `bounced` they land at `target` in the slot as they are. With it they land in the agent's own buffer, and
+    the `nbytes` from `skip` on are copied, or decoded, to `target`.
+    """
+
+    file: int
+    offset: int
+    length: int
+    required: int
+    target: int
+    bounced: bool = False
+    skip: int = 0
+    nbytes: int = 0
+    target_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """One tensor's way into a slot of `slot_bytes`; its `nbytes` begin at `data_offset` of the slot."""
+
+    name: str
+    slot_bytes: int
+    data_offset: int
+    nbytes: int
+    pieces: tuple[Piece, ...]
+    codec: Codec | None = None
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that come from disk for it."""
+        return sum(piece.length for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a load's bytes lie: in the ring or in the resident store, from `offset` on."""
+
+    resident: bool
+    offset: int
+
+
+def plan_load(
+    name: str,
+    extents: Sequence[Extent],
+    nbytes: int,
+    *,
+    alignment: int,
+    piece_bytes: int,
+    item_bytes: int = 1,
+    codec: Codec | None = None,
+) -> Load:
+    """The load that fills `nbytes` of a parameter from `extents` in order.
+
+    One extent without codec is read straight into place: the slot holds the aligned superset, so that an O_DIRECT read
+    needs no copy. Several extents, a codec, or an offset that is no multiple of `item_bytes` go through the agents'
+    buffers of `piece_bytes` + 2 x `alignment`.
+
+    **Guarantee.** Every byte of every extent is wanted by exactly one piece, and lands at its own place.
+    """
+    if len(extents) == 1 and codec is None and extents[0].offset % item_bytes == 0:
+        (extent,) = extents
+        begin = extent.offset // alignment * alignment
+        end = extent.offset + extent.nbytes
+        pieces = tuple(
+            Piece(
+                file=extent.file,
+                offset=offset,
+                length=_align(min(piece_bytes, end - offset), alignment),
+                required=min(piece_bytes, end - offset),
+                target=offset - begin,
+            )
+            for offset in range(begin, end, piece_bytes)
+        )
+        slot_bytes = _align(end - begin, alignment)
+        return Load(name=name, slot_bytes=slot_bytes, data_offset=extent.offset - begin, nbytes=nbytes, pieces=pieces)
+    return Load(
+        name=name,
+        slot_bytes=_align(nbytes, alignment),
+        data_offset=0,
+        nbytes=nbytes,
+        pieces=tuple(_bounced(extents, nbytes, alignment, piece_bytes)),
+        codec=codec,
+    )
+
+
+def _bounced(extents: Sequence[Extent], nbytes: int, alignment: int, piece_bytes: int) -> Iterator[Piece]:
+    stored_bytes = sum(extent.nbytes for extent in extents)
+    done = 0
+    for extent in extents:
+        for start in range(0, extent.nbytes, piece_bytes):
+            wanted = min(piece_bytes, extent.nbytes - start)
+            begin = (extent.offset + start) // alignment * alignment
+            skip = extent.offset + start - begin
+            target = done * nbytes // stored_bytes
+            yield Piece(
+                file=extent.file,
+                offset=begin,
+                length=_align(skip + wanted, alignment),
+                required=skip + wanted,
+                target=target,
+                bounced=True,
+                skip=skip,
+                nbytes=wanted,
+                target_bytes=(done + wanted) * nbytes // stored_bytes - target,
+            )
+            done += wanted
+
+
+def _align(nbytes: int, alignment: int) -> int:
+    return -(-nbytes // alignment) * alignment

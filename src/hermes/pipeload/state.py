@@ -1,0 +1,222 @@
+"""PIPELOAD as a pure state machine: event in, orders out.
+
+A *visit* is one trip of a block through the window: loads fetched, computed, released. Visits stand in a queue in the
+order in which they were predicted; a table of successors, which learns from what the Inference Agent really asks for,
+predicts the next one. So the ring runs on across passes, an encoder that runs once is left out of the decoder's later
+passes, and any control flow is right: a wrong guess costs the bytes that were read ahead, never the result.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence, Set
+
+from hermes.errors import EngineError
+from hermes.pipeload.events import BlockDone, BlockWanted, Compute, Event, Fetch, LoadEvicted, LoadFetched, Order
+from hermes.pipeload.ring import Ring
+
+__all__ = ["Pipeline", "smallest_ring"]
+
+
+def smallest_ring(blocks: Iterable[Sequence[int]]) -> int:
+    """Fewest ring bytes with which no order of visits can deadlock: the largest block, and once more its largest load.
+
+    One block is held at a time, so the wanted block has the ring to itself at worst; the second term is what can be
+    skipped at the ring's end. `blocks` gives the slot bytes of each load that a block streams.
+    """
+    return max((sum(loads) + max(loads) for loads in blocks if loads), default=0)
+
+
+class _Visit:
+    """One trip of a block through the window."""
+
+    __slots__ = ("block", "done", "missing", "number", "offsets", "waiting")
+
+    def __init__(self, number: int, block: int, waiting: Iterable[int]) -> None:
+        self.number = number
+        self.block = block
+        self.waiting = deque(waiting)  # loads without room in the ring yet, in order
+        self.offsets: dict[int, int] = {}  # of loads that have room, oldest first
+        self.missing = 0  # loads ordered and not fetched yet
+        self.done = False  # computed, skipped or abandoned
+
+    def finish(self) -> None:
+        """Nobody needs it any more; room for what has none yet is never asked for."""
+        self.done = True
+        self.waiting.clear()
+
+
+class Pipeline:
+    """The Daemon Agent's decisions. Not thread-safe: the engine calls it under one lock, the simulation from one loop.
+
+    Args:
+        blocks: for each block, the slot bytes of each of its loads.
+        resident: for each block, the loads that are fetched once, at its first visit, to a place of their own.
+        ring_bytes: size of the window; at least `smallest_ring` of what is streamed.
+        ahead: load ahead of the Inference Agent. False is the sequential engine (no overlap), the oracle.
+        blocks_in_pass: only so many of the blocks are expected in a pass; the others are loaded when asked for.
+
+    **Guarantees.** Reserved ring bytes never exceed `ring_bytes`. A visit computes only when all its loads are there,
+    and its memory is given out again only after it is done and no agent still writes to it. Every wanted block is
+    eventually computed if every fetch is eventually reported.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[int]],
+        resident: Sequence[Set[int]],
+        ring_bytes: int,
+        *,
+        ahead: bool = True,
+        blocks_in_pass: int | None = None,
+    ) -> None:
+        self._slot_bytes = blocks
+        self._resident = [set(loads) for loads in resident]
+        self._cold = [sorted(loads) for loads in resident]  # resident loads that were never fetched
+        needed = smallest_ring(self._streamed(block) for block in range(len(blocks)))
+        if ring_bytes < needed:
+            raise EngineError(f"the window needs {needed} bytes, it has {ring_bytes}")
+        self._ring = Ring(ring_bytes)
+        self._ahead = ahead
+        expected = blocks_in_pass or max(1, len(blocks))
+        self._successor = [block + 1 if block + 1 < expected else 0 for block in range(len(blocks))]
+        self._queue: deque[_Visit] = deque()  # oldest first; done ones linger until no agent writes to them
+        self._visits: dict[int, _Visit] = {}
+        self._number = 0
+        self._current: _Visit | None = None  # what the Inference Agent holds
+        self._wanted: _Visit | None = None  # what it waits for
+        self._last_block: int | None = None
+
+    def start(self, block: int = 0) -> list[Order]:
+        """Begin to load before anyone asks, from `block` on."""
+        if self._ahead and self._slot_bytes and not self._queue:
+            self._push(block)
+        return self._advance()
+
+    def on(self, event: Event) -> list[Order]:
+        """Take one event in; the orders that follow from it, in the order in which they are to be carried out."""
+        match event:
+            case BlockWanted(block):
+                self._want(block)
+            case LoadFetched(visit):
+                self._visits[visit].missing -= 1
+            case BlockDone():
+                self._release()
+            case LoadEvicted(block, load):
+                self._evict(block, load)
+        return self._advance()
+
+    def is_abandoned(self, visit: int) -> bool:
+        """Whether a ring fetch that was ordered for this visit need not be carried out any more (but still reported)."""
+        return self._visits[visit].done
+
+    def can_evict(self, block: int, load: int) -> bool:
+        """Whether the block could stream this resident load from now on: no visit under way, and the window holds it.
+
+        A visit that is only foreseen, with nothing streamed for it or after it, is not under way: it can be begun anew.
+        """
+        if load not in self._resident[block]:
+            return False
+        if self._in_flight(block) and not self._is_foreseen(block):
+            return False
+        return smallest_ring([[*self._streamed(block), self._slot_bytes[block][load]]]) <= self._ring.capacity_bytes
+
+    @property
+    def ring(self) -> Ring:
+        """The window."""
+        return self._ring
+
+    def _streamed(self, block: int) -> list[int]:
+        return [n for load, n in enumerate(self._slot_bytes[block]) if load not in self._resident[block]]
+
+    def _in_flight(self, block: int) -> bool:
+        return any(visit.block == block for visit in self._queue)
+
+    def _is_foreseen(self, block: int) -> bool:
+        for visit in reversed(self._queue):
+            if visit.done or visit.offsets or visit.missing or visit is self._current or visit is self._wanted:
+                return False
+            if visit.block == block:
+                return True
+        return False
+
+    def _want(self, block: int) -> None:
+        self._release()
+        if self._last_block is not None:
+            self._successor[self._last_block] = block
+        self._last_block = block
+        pending = [visit for visit in self._queue if not visit.done]
+        ahead = next((index for index, visit in enumerate(pending) if visit.block == block), len(pending))
+        for visit in pending[:ahead]:  # skipped, or (where the block is not coming at all) abandoned
+            visit.finish()
+        self._wanted = pending[ahead] if ahead < len(pending) else self._push(block)
+
+    def _release(self) -> None:
+        for visit in (self._current, self._wanted):  # still wanted: the Inference Agent gave up waiting
+            if visit is not None:
+                visit.finish()
+        self._current = self._wanted = None
+
+    def _push(self, block: int) -> _Visit:
+        streamed = (load for load in range(len(self._slot_bytes[block])) if load not in self._resident[block])
+        visit = _Visit(self._number, block, streamed)
+        self._number += 1
+        self._visits[visit.number] = visit
+        self._queue.append(visit)
+        return visit
+
+    def _evict(self, block: int, load: int) -> None:
+        if not self.can_evict(block, load):
+            raise EngineError(f"load {load} of block {block} cannot be given back now")
+        self._resident[block].remove(load)
+        if load in self._cold[block]:
+            self._cold[block].remove(load)
+        if self._in_flight(block):  # foreseen only: begin that visit anew, with this load among those that stream
+            last = None
+            while last != block:
+                visit = self._queue.pop()
+                del self._visits[visit.number]
+                last = visit.block
+            self._push(block)
+
+    def _advance(self) -> list[Order]:
+        self._reclaim()
+        orders: list[Order] = []
+        while self._queue:
+            last = self._queue[-1]
+            orders += self._place(last)
+            following = self._successor[last.block]
+            if last.waiting or not self._ahead or self._in_flight(following):
+                break
+            self._push(following)
+        wanted = self._wanted
+        if wanted is not None and not wanted.waiting and self._is_fetched(wanted.block):
+            self._current, self._wanted = wanted, None
+            offsets = tuple(wanted.offsets.get(load) for load in range(len(self._slot_bytes[wanted.block])))
+            orders.append(Compute(wanted.number, wanted.block, offsets))
+        return orders
+
+    def _is_fetched(self, block: int) -> bool:
+        # An abandoned visit's resident loads may still be on their way, and nobody orders them twice.
+        return not any(visit.missing for visit in self._queue if visit.block == block)
+
+    def _place(self, visit: _Visit) -> list[Order]:
+        """Order what the visit still needs, as far as there is room."""
+        if visit.done:
+            return []
+        orders: list[Order] = [Fetch(visit.number, visit.block, load, None) for load in self._cold[visit.block]]
+        self._cold[visit.block].clear()
+        while visit.waiting:
+            offset = self._ring.allocate(self._slot_bytes[visit.block][visit.waiting[0]])
+            if offset is None:
+                break
+            load = visit.waiting.popleft()
+            visit.offsets[load] = offset
+            orders.append(Fetch(visit.number, visit.block, load, offset))
+        visit.missing += len(orders)
+        return orders
+
+    def _reclaim(self) -> None:
+        while self._queue and self._queue[0].done and not self._queue[0].missing:
+            visit = self._queue.popleft()
+            del self._visits[visit.number]
+            for offset in visit.offsets.values():
+                self._ring.free(offset)

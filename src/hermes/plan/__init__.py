@@ -1,0 +1,18 @@
+"""The Pipeline Planner: from costs and a budget to a plan, by simulating PIPELOAD's own state machine. No torch here."""
+
+from hermes.plan.cost import Prediction, simulate
+from hermes.plan.problem import Bandwidth, Plan, Problem, UnitCost
+from hermes.plan.residency import spread
+from hermes.plan.search import make_plan, smallest_budget
+
+__all__ = [
+    "Bandwidth",
+    "Plan",
+    "Prediction",
+    "Problem",
+    "UnitCost",
+    "make_plan",
+    "simulate",
+    "smallest_budget",
+    "spread",
+]

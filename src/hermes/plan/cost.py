@@ -1,0 +1,90 @@
+"""What a plan will cost, by driving the engine's own state machine with a clock that is only counted.
+
+The disk is one server: loads come in the order they were ordered, at the measured rate. The Inference Agent is another.
+"""
+
+from collections import deque
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+from hermes.pipeload import BlockDone, BlockWanted, Compute, Fetch, LoadFetched, Order, Pipeline
+from hermes.plan.problem import Problem
+
+__all__ = ["Prediction", "simulate"]
+
+SIMULATED_PASSES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """Seconds of the cold pass, of a steady one, and of all."""
+
+    first_pass_seconds: float
+    steady_pass_seconds: float
+    total_seconds: float
+
+
+def simulate(
+    problem: Problem,
+    blocks: Sequence[Sequence[int]],
+    resident: Sequence[Set[int]],
+    ring_bytes: int,
+    bytes_per_second: float,
+    *,
+    ahead: bool = True,
+) -> Prediction:
+    """Run the workload's passes through `Pipeline` in simulated time.
+
+    Args:
+        problem: costs of units.
+        blocks: unit numbers of each block; those beyond the pass are left out by the caller.
+        resident: for each block, its loads that stay.
+        ring_bytes: the window.
+        bytes_per_second: of the disk.
+        ahead: False for the sequential engine.
+    """
+    units = problem.units
+    slots = [[n for unit in block for n in units[unit].slot_bytes] for block in blocks]
+    reads = [[n for unit in block for n in units[unit].read_bytes] for block in blocks]
+    first = [sum(units[unit].first_seconds for unit in block) for block in blocks]
+    later = [sum(units[unit].next_seconds for unit in block) for block in blocks]
+    pipeline = Pipeline(slots, resident, ring_bytes, ahead=ahead)
+    disk: deque[tuple[float, Fetch]] = deque()  # (end, order), in order
+    disk_free = now = 0.0
+    granted = False
+
+    def carry_out(orders: Sequence[Order], time: float) -> None:
+        nonlocal disk_free, granted
+        for order in orders:
+            match order:
+                case Fetch(_, block, load, _):
+                    disk_free = max(disk_free, time) + reads[block][load] / bytes_per_second
+                    disk.append((disk_free, order))
+                case Compute():
+                    granted = True
+
+    def settle(until: float) -> None:
+        while disk and disk[0][0] <= until:
+            end, order = disk.popleft()
+            carry_out(pipeline.on(LoadFetched(order.visit)), end)
+
+    carry_out(pipeline.start(), 0.0)
+    ends: list[float] = []
+    for number in range(min(problem.num_passes, SIMULATED_PASSES)):
+        for block, seconds in enumerate(first if number == 0 else later):
+            granted = False
+            carry_out(pipeline.on(BlockWanted(block)), now)
+            while not granted:
+                now = max(now, disk[0][0])
+                settle(now)
+            busy = max(0.0, min(disk_free - now, seconds))  # while agents read, computing is slower
+            now += seconds + busy * (problem.slowdown - 1)
+            settle(now)
+        carry_out(pipeline.on(BlockDone()), now)
+        ends.append(now)
+    steady = ends[-1] - ends[-2] if len(ends) > 1 else ends[0]
+    return Prediction(
+        first_pass_seconds=ends[0],
+        steady_pass_seconds=steady,
+        total_seconds=ends[-1] + steady * (problem.num_passes - len(ends)),
+    )

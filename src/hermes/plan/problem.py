@@ -1,0 +1,101 @@
+"""What the planner is given (`Problem`) and what it settles (`Plan`)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Bandwidth", "Plan", "Problem", "UnitCost"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitCost:
+    """One unit, as the planner sees it: bytes of each of its loads, and seconds of computing it.
+
+    `first_seconds` is for the first pass (a prompt, a batch of texts), `next_seconds` for each later one (one token).
+    """
+
+    name: str
+    slot_bytes: tuple[int, ...]
+    read_bytes: tuple[int, ...]
+    first_seconds: float
+    next_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bandwidth:
+    """Direct reads from the checkpoint's disk by so many agents in pieces of this size."""
+
+    num_agents: int
+    piece_bytes: int
+    bytes_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A model, a machine and a workload.
+
+    Attributes:
+        units: in the order of a pass; only the first `num_in_pass` belong to it, the others must merely fit.
+        groups: for each granularity, blocks as lists of unit numbers.
+        bandwidths: what was measured; never empty.
+        floor_bytes: the process before any weight.
+        heap_bytes: activations, key-value cache and row buffers of the workload.
+        pinned_bytes: weights that always stay.
+        buffer_bytes: of each Loading Agent.
+        num_passes: of the workload; the first is cold.
+        slowdown: how much longer a unit computes while agents read, as a factor.
+    """
+
+    units: Sequence[UnitCost]
+    num_in_pass: int
+    groups: Mapping[str, Sequence[Sequence[int]]]
+    bandwidths: Sequence[Bandwidth]
+    floor_bytes: int
+    heap_bytes: int
+    pinned_bytes: int
+    buffer_bytes: int
+    num_passes: int
+    slowdown: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to run a model inside a budget, and what that is predicted to cost.
+
+    Attributes:
+        budget_bytes: what was asked.
+        limit_bytes: the budget or the cgroup's limit, the tighter one, less the safety margin.
+        granularity: "leaf", "half" or "layer".
+        num_agents: Loading Agents.
+        piece_bytes: size of one read.
+        ring_bytes: the window.
+        resident: for each block, the loads that stay in memory.
+        resident_bytes: their sum.
+        pass_bytes: read from disk in a steady pass.
+        first_pass_seconds: the cold pass.
+        steady_pass_seconds: each later one.
+        total_seconds: of the whole workload.
+        peak_bytes: of the process.
+        floor_bytes, heap_bytes, pinned_bytes: as in the problem.
+        bound: "disk" or "compute", whichever limits a steady pass.
+        bound_seconds: what that bound alone would take.
+    """
+
+    budget_bytes: int
+    limit_bytes: int
+    granularity: str
+    num_agents: int
+    piece_bytes: int
+    ring_bytes: int
+    resident: tuple[frozenset[int], ...]
+    resident_bytes: int
+    pass_bytes: int
+    first_pass_seconds: float
+    steady_pass_seconds: float
+    total_seconds: float
+    peak_bytes: int
+    floor_bytes: int
+    heap_bytes: int
+    pinned_bytes: int
+    bound: str
+    bound_seconds: float
+    sequential: bool = False

@@ -1,0 +1,183 @@
+"""The search: every granularity, a ladder of windows, and all that is left as resident bytes; the fastest wins."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hermes.errors import BudgetError
+from hermes.pipeload import smallest_ring
+from hermes.plan.cost import Prediction, simulate
+from hermes.plan.problem import Bandwidth, Plan, Problem
+from hermes.plan.residency import spread
+from hermes.units import format_budget, format_bytes
+
+__all__ = ["make_plan", "smallest_budget"]
+
+GOOD_ENOUGH = 0.98
+"""Fewer agents are taken if they reach this share of the best rate: each costs a buffer and a thread."""
+WINDOW_LADDER = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""Windows that are tried, in smallest windows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    granularity: str
+    ring_bytes: int
+    resident: list[frozenset[int]]
+    prediction: Prediction
+
+
+def smallest_budget(problem: Problem, margin_bytes: int) -> int:
+    """Fewest bytes of budget with which the workload can run at all: nothing resident, the smallest window."""
+    ring = min(smallest_ring(_slots(problem, groups)) for groups in problem.groups.values())
+    return _fixed_bytes(problem, 1) + ring + margin_bytes
+
+
+def make_plan(
+    problem: Problem,
+    *,
+    budget_bytes: int,
+    limit_bytes: int,
+    margin_bytes: int,
+    num_agents: int | None = None,
+    granularity: str | None = None,
+    resident_bytes: int | None = None,
+    sequential: bool = False,
+) -> Plan:
+    """The plan with the shortest predicted time; the arguments that are given are kept.
+
+    Args:
+        problem: costs.
+        budget_bytes: what the user asked.
+        limit_bytes: the budget or a tighter limit of the system's.
+        margin_bytes: part of the limit that is not planned with.
+        num_agents: Loading Agents, else the fewest that reach the best rate measured.
+        granularity: "leaf", "half" or "layer", else the fastest.
+        resident_bytes: weights that stay in memory, else as many as fit.
+        sequential: load and compute in turns.
+
+    Raises:
+        BudgetError: with the smallest budget that works.
+    """
+    bandwidth = _choose_bandwidth(problem.bandwidths, num_agents)
+    groups = {name: blocks for name, blocks in problem.groups.items() if granularity in (None, name)}
+    fixed = _fixed_bytes(problem, bandwidth.num_agents)
+    free = limit_bytes - margin_bytes - fixed
+    best: _Candidate | None = None
+    for name, blocks in groups.items():
+        for ring_bytes, resident in _windows(_slots(problem, blocks), free, resident_bytes):
+            prediction = simulate(
+                problem,
+                _in_pass(problem, blocks),
+                resident,
+                ring_bytes,
+                bandwidth.bytes_per_second,
+                ahead=not sequential,
+            )
+            if best is None or prediction.total_seconds < 0.999 * best.prediction.total_seconds:
+                best = _Candidate(granularity=name, ring_bytes=ring_bytes, resident=resident, prediction=prediction)
+    if best is None:
+        ring = min(smallest_ring(_slots(problem, blocks)) for blocks in groups.values())
+        minimum = fixed + ring + margin_bytes + budget_bytes - limit_bytes + (resident_bytes or 0)
+        if limit_bytes < budget_bytes:
+            raise BudgetError(
+                f"the cgroup's limit of {format_bytes(limit_bytes)} is below the {format_bytes(fixed + ring + margin_bytes)} "
+                f"that this model needs; raise the limit",
+                minimum_bytes=minimum,
+            )
+        raise BudgetError(
+            f"the budget of {format_bytes(budget_bytes)} is too small: {format_bytes(problem.floor_bytes)} for the process, "
+            f"{format_bytes(problem.heap_bytes)} for activations and cache, {format_bytes(problem.pinned_bytes)} pinned, "
+            f"{format_bytes(ring)} window; try --budget {format_budget(minimum)}",
+            minimum_bytes=minimum,
+        )
+    return _finish(problem, best, bandwidth, budget_bytes, limit_bytes, fixed, sequential)
+
+
+def _finish(
+    problem: Problem,
+    best: _Candidate,
+    bandwidth: Bandwidth,
+    budget_bytes: int,
+    limit_bytes: int,
+    fixed_bytes: int,
+    sequential: bool,
+) -> Plan:
+    blocks = problem.groups[best.granularity]
+    slots = _slots(problem, blocks)
+    kept = sum(slots[block][load] for block, loads in enumerate(best.resident) for load in loads)
+    streamed = [
+        problem_read
+        for block, units in enumerate(_in_pass(problem, blocks))
+        for load, problem_read in enumerate(n for unit in units for n in problem.units[unit].read_bytes)
+        if load not in best.resident[block]
+    ]
+    disk_seconds = sum(streamed) / bandwidth.bytes_per_second
+    compute_seconds = sum(
+        unit.next_seconds if problem.num_passes > 1 else unit.first_seconds
+        for unit in problem.units[: problem.num_in_pass]
+    )
+    ring_used = best.ring_bytes if streamed else 0
+    return Plan(
+        budget_bytes=budget_bytes,
+        limit_bytes=limit_bytes,
+        granularity=best.granularity,
+        num_agents=bandwidth.num_agents,
+        piece_bytes=bandwidth.piece_bytes,
+        ring_bytes=best.ring_bytes,
+        resident=tuple(best.resident),
+        resident_bytes=kept,
+        pass_bytes=sum(streamed),
+        first_pass_seconds=best.prediction.first_pass_seconds,
+        steady_pass_seconds=best.prediction.steady_pass_seconds,
+        total_seconds=best.prediction.total_seconds,
+        peak_bytes=fixed_bytes + ring_used + kept,
+        floor_bytes=problem.floor_bytes,
+        heap_bytes=problem.heap_bytes,
+        pinned_bytes=problem.pinned_bytes,
+        bound="disk" if disk_seconds > compute_seconds else "compute",
+        bound_seconds=max(disk_seconds, compute_seconds),
+        sequential=sequential,
+    )
+
+
+def _windows(
+    slots: Sequence[Sequence[int]], free_bytes: int, resident_bytes: int | None
+) -> Iterator[tuple[int, list[frozenset[int]]]]:
+    """Pairs of window and resident loads that fit into `free_bytes` together."""
+    total = sum(sum(loads) for loads in slots)
+    smallest = smallest_ring(slots)
+    if resident_bytes is None and free_bytes >= total:
+        yield min(smallest, free_bytes - total), spread(slots, total)
+        return
+    for step in WINDOW_LADDER:
+        ring_bytes = min(int(smallest * step) // 4096 * 4096, total)
+        kept_bytes = free_bytes - ring_bytes if resident_bytes is None else min(resident_bytes, free_bytes - ring_bytes)
+        if kept_bytes < 0 or (resident_bytes is not None and kept_bytes < resident_bytes):
+            return
+        yield ring_bytes, spread(slots, kept_bytes)
+        if ring_bytes == total:
+            return
+
+
+def _choose_bandwidth(bandwidths: Sequence[Bandwidth], num_agents: int | None) -> Bandwidth:
+    """The fewest agents that come close to the best rate; for a number never measured, the nearest one's rate."""
+    if num_agents is not None:
+        nearest = min(bandwidths, key=lambda b: (abs(b.num_agents - num_agents), -b.bytes_per_second))
+        return Bandwidth(
+            num_agents=num_agents, piece_bytes=nearest.piece_bytes, bytes_per_second=nearest.bytes_per_second
+        )
+    best = max(b.bytes_per_second for b in bandwidths)
+    good = [b for b in bandwidths if b.bytes_per_second >= GOOD_ENOUGH * best]
+    return min(good, key=lambda b: (b.num_agents, -b.bytes_per_second))
+
+
+def _slots(problem: Problem, blocks: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [[n for unit in block for n in problem.units[unit].slot_bytes] for block in blocks]
+
+
+def _in_pass(problem: Problem, blocks: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    return [block for block in blocks if block[0] < problem.num_in_pass]
+
+
+def _fixed_bytes(problem: Problem, num_agents: int) -> int:
+    return problem.floor_bytes + problem.heap_bytes + problem.pinned_bytes + num_agents * problem.buffer_bytes

@@ -1,0 +1,32 @@
+"""The Layer Profiler's records: what was measured of a model and a machine, where it is kept, and when it is refused.
+
+The passes that measure a model are run by `hermes.session.measure`; disk and kernels are measured here.
+"""
+
+from hermes.profile.calibrate import calibrate_compute
+from hermes.profile.disk import measure_bandwidth
+from hermes.profile.machine import machine_record
+from hermes.profile.records import (
+    PROFILE_VERSION,
+    BandwidthRecord,
+    ComputeRecord,
+    MachineRecord,
+    Profile,
+    UnitRecord,
+)
+from hermes.profile.store import load_profile, profile_path, save_profile
+
+__all__ = [
+    "PROFILE_VERSION",
+    "BandwidthRecord",
+    "ComputeRecord",
+    "MachineRecord",
+    "Profile",
+    "UnitRecord",
+    "calibrate_compute",
+    "load_profile",
+    "machine_record",
+    "measure_bandwidth",
+    "profile_path",
+    "save_profile",
+]

@@ -1,0 +1,41 @@
+"""How fast this machine's kernels are, from one small matrix: for models that were never profiled."""
+
+import time
+
+import torch
+from torch.nn import functional
+
+__all__ = ["Calibration", "calibrate_compute"]
+
+ROWS, COLUMNS = 2048, 1024
+
+
+class Calibration:
+    """Seconds of a linear layer by its bytes, its operations and the tokens it sees."""
+
+    def __init__(self, seconds_per_byte: float, seconds_per_flop: float) -> None:
+        self.seconds_per_byte = seconds_per_byte
+        self.seconds_per_flop = seconds_per_flop
+
+    def seconds(self, nbytes: int, flops: float) -> float:
+        """Reading the weights, or computing with them, whichever takes longer."""
+        return max(nbytes * self.seconds_per_byte, flops * self.seconds_per_flop)
+
+
+def calibrate_compute(dtype: torch.dtype, tokens: int) -> Calibration:
+    """Time one linear layer for one token and for `tokens`; also brings the kernels' code into memory. About 50 ms."""
+    with torch.no_grad():
+        weights = [torch.full((ROWS, COLUMNS), 0.01, dtype=dtype) for _ in range(4)]  # more than a core's cache
+        nbytes = weights[0].numel() * weights[0].element_size()
+        single = _best(torch.ones(1, COLUMNS, dtype=dtype), weights)
+        many = _best(torch.ones(min(tokens, 128), COLUMNS, dtype=dtype), weights)
+    return Calibration(single / nbytes, many / (2 * min(tokens, 128) * ROWS * COLUMNS))
+
+
+def _best(rows: torch.Tensor, weights: list[torch.Tensor]) -> float:
+    samples = []
+    for weight in weights:
+        start = time.perf_counter()
+        functional.linear(rows, weight)
+        samples.append(time.perf_counter() - start)
+    return min(samples)

@@ -1,0 +1,117 @@
+"""Frozen records of a profile, as they are written to JSON."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["PROFILE_VERSION", "BandwidthRecord", "ComputeRecord", "MachineRecord", "Profile", "UnitRecord"]
+
+PROFILE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandwidthRecord:
+    """Direct reads of the checkpoint by so many agents in pieces of this size."""
+
+    num_agents: int
+    piece_bytes: int
+    bytes_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeRecord:
+    """Seconds a unit computes, by tokens in the pass; linear between and beyond what was measured.
+
+    t_ex of the delay model (SwapNet): a constant for reading the weights, and a slope for arithmetic.
+    """
+
+    samples: tuple[tuple[int, float], ...]
+
+    def seconds(self, tokens: int) -> float:
+        """For a pass over `tokens` tokens in all (batch x sequence)."""
+        points = sorted(self.samples)
+        if len(points) == 1:
+            return points[0][1] * max(1.0, tokens / points[0][0])
+        low, high = points[0], points[-1]
+        for left, right in zip(points, points[1:], strict=False):
+            if left[0] <= tokens <= right[0]:
+                low, high = left, right
+        slope = max(0.0, (high[1] - low[1]) / (high[0] - low[0]))
+        if tokens >= high[0]:
+            return high[1] + slope * (tokens - high[0])
+        return max(low[1] + slope * (tokens - low[0]), 0.0) if tokens >= low[0] else low[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitRecord:
+    """One unit: what the paper's Layer Profiler measures of a layer.
+
+    Attributes:
+        name: module, and row range.
+        block: what it belongs to at layer granularity.
+        nbytes: of its weights on disk.
+        flops: of the pass that was traced.
+        activation_bytes: highest sum of live activations while it ran.
+        load_seconds: alone on the disk, by number of agents.
+        compute: seconds by tokens.
+    """
+
+    name: str
+    block: str
+    nbytes: int
+    flops: int
+    activation_bytes: int
+    load_seconds: Mapping[int, float]
+    compute: ComputeRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineRecord:
+    """What a profile is valid on."""
+
+    cpu: str
+    num_cores: int
+    num_threads: int
+    memory_bytes: int
+    torch: str
+    transformers: str
+    file_system: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Costs of one checkpoint on one machine in one dtype.
+
+    Attributes:
+        version: of this format.
+        checkpoint: fingerprint of the files.
+        machine: where it was measured.
+        dtype: of the computation.
+        batch_size, sequence_length: of the measured pass.
+        floor_bytes: resident set before any weight.
+        slowdown: computing while agents read, relative to computing alone.
+        refaults_per_second: pages the system took away and gave back during the passes; a sign of too tight a cap.
+        bandwidths: of the disk.
+        units: in the order of a pass.
+        measured: False where compute was estimated from operations, not measured.
+    """
+
+    version: int = PROFILE_VERSION
+    checkpoint: str
+    machine: MachineRecord
+    dtype: str
+    batch_size: int
+    sequence_length: int
+    floor_bytes: int
+    slowdown: float = 1.0
+    refaults_per_second: float = 0.0
+    bandwidths: tuple[BandwidthRecord, ...]
+    units: tuple[UnitRecord, ...]
+    measured: bool = True
+    _by_name: dict[str, UnitRecord] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def compute_of(self, unit: str) -> ComputeRecord:
+        """Cost of a unit by name; of the unit with the most similar size where it was never measured."""
+        if not self._by_name:
+            self._by_name.update({record.name: record for record in self.units})
+        record = self._by_name.get(unit)
+        return record.compute if record is not None else ComputeRecord(samples=((1, 0.0),))

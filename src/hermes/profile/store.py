@@ -1,0 +1,88 @@
+"""Profiles as JSON files, one for each model and dtype; what does not belong to these files and this machine is refused."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+from hermes.errors import ProfileError
+from hermes.profile.records import PROFILE_VERSION, MachineRecord, Profile
+
+__all__ = ["load_profile", "profile_path", "save_profile"]
+
+
+def profile_path(model: Path, dtype: str) -> Path:
+    """Where `hermes profile` keeps the profile of a model: under $XDG_CACHE_HOME, or ~/.cache."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256(f"{model.resolve()}|{dtype}".encode()).hexdigest()[:16]
+    return root / "hermes" / "profiles" / f"{model.resolve().name}-{key}.json"
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Write atomically; the directory is made."""
+    fields = {field.name: getattr(profile, field.name) for field in dataclasses.fields(profile) if field.init}
+    text = json.dumps(fields, default=_plain, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        file.write(text)
+    Path(file.name).replace(path)
+
+
+def load_profile(path: Path, *, checkpoint: str, machine: MachineRecord, dtype: str) -> Profile:
+    """Read a profile that must be of this checkpoint, machine and dtype.
+
+    Raises ProfileError where it is stale, of another version, or makes no sense.
+    """
+    from pydantic import TypeAdapter, ValidationError  # only where a profile exists: it costs memory
+
+    again = "run `hermes profile` again"
+    try:
+        profile = TypeAdapter(Profile).validate_json(path.read_bytes(), strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ProfileError(f"{path}: not a profile: {place}: {first['msg']}; {again}") from None
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be read: {error.strerror}; {again}") from None
+    if profile.version != PROFILE_VERSION:
+        raise ProfileError(f"{path}: profile version {profile.version}, this Hermes writes {PROFILE_VERSION}; {again}")
+    if (problem := _nonsense(profile)) is not None:
+        raise ProfileError(f"{path}: makes no sense: {problem}; {again}")
+    if profile.checkpoint != checkpoint:
+        raise ProfileError(f"{path}: stale, the checkpoint's files have changed since; {again}")
+    if profile.dtype != dtype:
+        raise ProfileError(f"{path}: is for {profile.dtype}, not {dtype}; {again}")
+    for field in dataclasses.fields(MachineRecord):
+        was, now = getattr(profile.machine, field.name), getattr(machine, field.name)
+        if was != now:
+            raise ProfileError(f"{path}: from another machine: {field.name} was {was}, is {now}; {again}")
+    return profile
+
+
+def _nonsense(profile: Profile) -> str | None:
+    if not profile.units or not profile.bandwidths:
+        return "no units or no bandwidths"
+    if profile.batch_size < 1 or profile.sequence_length < 1 or profile.floor_bytes < 0:
+        return "batch, sequence or floor is negative"
+    if not math.isfinite(profile.slowdown) or not 0.5 <= profile.slowdown <= 100:
+        return f"slowdown {profile.slowdown}"
+    for bandwidth in profile.bandwidths:
+        if bandwidth.num_agents < 1 or bandwidth.piece_bytes < 1 or not 0 < bandwidth.bytes_per_second < 1e13:
+            return f"bandwidth {bandwidth}"
+    for unit in profile.units:
+        seconds = [*unit.load_seconds.values(), *(seconds for _, seconds in unit.compute.samples)]
+        tokens = [tokens for tokens, _ in unit.compute.samples]
+        if unit.nbytes < 0 or not unit.compute.samples or min(tokens) < 1 or len(set(tokens)) < len(tokens):
+            return f"unit {unit.name}"
+        if not all(math.isfinite(value) and value >= 0 for value in seconds):
+            return f"unit {unit.name}: seconds are negative or not finite"
+    return None
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(type(value).__name__)

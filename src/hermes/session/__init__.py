@@ -1,0 +1,19 @@
+"""A model being run: what it takes (`prepare`), what it will cost (`estimate`, `measure`), and the run itself (`session`)."""
+
+from hermes.session.estimate import estimate_profile
+from hermes.session.prepare import Prepared, prepare_model, prepare_module
+from hermes.session.session import MARGIN_BYTES, Session, attach, memory_limit, start_session
+from hermes.session.workload import Workload
+
+__all__ = [
+    "MARGIN_BYTES",
+    "Prepared",
+    "Session",
+    "Workload",
+    "attach",
+    "estimate_profile",
+    "memory_limit",
+    "prepare_model",
+    "prepare_module",
+    "start_session",
+]

@@ -1,0 +1,85 @@
+"""A profile for a model that was never profiled: operations from the trace, rates from a quarter of a second of trying."""
+
+import re
+
+import torch
+
+from hermes.checkpoint.readers import Reader
+from hermes.model.blocks import LoadFactory
+from hermes.model.units import Unit
+from hermes.profile import (
+    ComputeRecord,
+    Profile,
+    UnitRecord,
+    calibrate_compute,
+    machine_record,
+    measure_bandwidth,
+)
+from hermes.session.prepare import Prepared
+
+__all__ = ["estimate_profile", "unit_flops", "unit_record"]
+
+SAMPLE_BYTES = 64 * 2**20
+_LAYER = re.compile(r"^.*?\.\d+(?=\.|$)")
+
+
+def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *, floor_bytes: int) -> Profile:
+    """Costs by calculation; `measured` is False. Reads up to 128 MiB of the checkpoint."""
+    workload = prepared.workload
+    tokens = workload.batch_size * workload.sequence_length
+    calibration = calibrate_compute(getattr(torch, prepared.dtype), tokens)
+    bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, agent_counts=(2, 4))
+    units = []
+    for unit in prepared.partition.units:
+        nbytes = sum(load.nbytes for load in factory.block([unit]).loads)
+        flops = unit_flops(prepared, unit)
+        single = calibration.seconds(nbytes, flops / max(1, workload.sequence_length))
+        compute = {workload.batch_size: single, tokens: max(single, calibration.seconds(nbytes, flops))}
+        units.append(
+            unit_record(
+                prepared,
+                unit,
+                nbytes=nbytes,
+                load_seconds={record.num_agents: nbytes / record.bytes_per_second for record in bandwidths},
+                compute=ComputeRecord(samples=tuple(sorted(compute.items()))),
+            )
+        )
+    return Profile(
+        checkpoint=prepared.checkpoint.fingerprint(),
+        machine=machine_record(prepared.checkpoint.files[0].path, torch.get_num_threads()),
+        dtype=prepared.dtype,
+        batch_size=workload.batch_size,
+        sequence_length=workload.sequence_length,
+        floor_bytes=floor_bytes,
+        bandwidths=tuple(bandwidths),
+        units=tuple(units),
+        measured=False,
+    )
+
+
+def unit_flops(prepared: Prepared, unit: Unit) -> int:
+    """Operations of a unit in the traced pass; a range of a head has its share of the head's."""
+    if prepared.trace is None:
+        return 0
+    flops = prepared.trace.flops.get(unit.module, 0)
+    if unit.rows is None:
+        return flops
+    rows = sum(u.rows[1] - u.rows[0] for u in prepared.partition.units if u.module == unit.module and u.rows)
+    return flops * (unit.rows[1] - unit.rows[0]) // rows
+
+
+def unit_record(
+    prepared: Prepared, unit: Unit, *, nbytes: int, load_seconds: dict[int, float], compute: ComputeRecord
+) -> UnitRecord:
+    """The record of one unit."""
+    match = _LAYER.match(unit.module)
+    live = prepared.trace.live_bytes.get(unit.module, 0) if prepared.trace is not None else 0
+    return UnitRecord(
+        name=unit.name,
+        block=match[0] if match else unit.module,
+        nbytes=nbytes,
+        flops=unit_flops(prepared, unit),
+        activation_bytes=live,
+        load_seconds=load_seconds,
+        compute=compute,
+    )

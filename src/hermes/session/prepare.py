@@ -1,0 +1,196 @@
+"""Everything about a model that can be known without reading a weight: skeleton, sources, trace, units, loads."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hermes.checkpoint import Checkpoint, Reader, open_checkpoint, open_reader, resolve_model
+from hermes.errors import ModelError
+from hermes.model.binding import ROWS_AT_A_TIME_BYTES
+from hermes.model.blocks import Block, LoadFactory
+from hermes.model.inputs import example_inputs, vocabulary_size
+from hermes.model.mapping import WeightMap, map_weights
+from hermes.model.skeleton import build_skeleton, finish_skeleton
+from hermes.model.trace import Trace, trace
+from hermes.model.units import GRANULARITIES, HEAD_ROWS, Partition, group_units, partition
+from hermes.plan import Bandwidth, Problem, UnitCost
+from hermes.profile import Profile
+from hermes.session.workload import Workload, heap_bytes
+
+__all__ = ["Prepared", "prepare_model", "prepare_module"]
+
+logger = logging.getLogger("hermes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A skeleton and all that is known about it; weights are still on disk."""
+
+    module: nn.Module
+    checkpoint: Checkpoint
+    weights: WeightMap
+    trace: Trace | None
+    partition: Partition
+    workload: Workload
+    source: Path
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers that come from disk, in the dtype they are computed in."""
+        tensors = dict(self.module.named_parameters(remove_duplicate=False))
+        tensors |= dict(self.module.named_buffers(remove_duplicate=False))
+        return sum(tensors[name].numel() * tensors[name].element_size() for name in self.weights.sources)
+
+    @property
+    def dtype(self) -> str:
+        """Of the first floating-point parameter, as torch spells it ("float32")."""
+        found = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        return str(found).removeprefix("torch.")
+
+    def reader(self) -> Reader:
+        """A new reader over the checkpoint's files."""
+        return open_reader(self.checkpoint)
+
+    def factory(self, alignment: int, piece_bytes: int) -> LoadFactory:
+        """Makes the loads, for one reader's alignment and one piece size."""
+        return LoadFactory(self.module, self.weights.sources, alignment=alignment, piece_bytes=piece_bytes)
+
+    def blocks(self, factory: LoadFactory, granularity: str) -> tuple[list[Block], list[int]]:
+        """Blocks at a granularity, and the number of the block that each unit is in."""
+        groups = group_units(self.partition.units, granularity)
+        block_of_unit = [0] * len(self.partition.units)
+        for number, units in enumerate(groups):
+            for unit in units:
+                block_of_unit[unit] = number
+        return [factory.block(self.partition.units[unit] for unit in units) for units in groups], block_of_unit
+
+    def problem(self, profile: Profile, factory: LoadFactory, *, floor_bytes: int) -> Problem:
+        """The planner's view of this model with the costs of `profile`."""
+        workload = self.workload
+        prompt_tokens = workload.batch_size * workload.sequence_length
+        units = []
+        bounced = False
+        for unit in self.partition.units:
+            block = factory.block([unit])
+            bounced |= any(piece.bounced for load in block.loads for piece in load.pieces)
+            cost = profile.compute_of(unit.name)
+            units.append(
+                UnitCost(
+                    name=unit.name,
+                    slot_bytes=tuple(load.slot_bytes for load in block.loads),
+                    read_bytes=tuple(load.read_bytes for load in block.loads),
+                    first_seconds=cost.seconds(1 if unit.rows and workload.max_new_tokens else prompt_tokens),
+                    next_seconds=cost.seconds(workload.batch_size),
+                )
+            )
+        pinned = factory.pinned(self.partition.pinned)
+        bounced |= any(piece.bounced for load in pinned.loads for piece in load.pieces)
+        heap = heap_bytes(
+            workload,
+            self.trace,
+            vocabulary_size=vocabulary_size(self.module),
+            row_buffer_bytes=2 * ROWS_AT_A_TIME_BYTES if self.partition.rowwise else 0,
+        )
+        return Problem(
+            units=units,
+            num_in_pass=self.partition.num_in_pass,
+            groups={name: group_units(self.partition.units, name) for name in GRANULARITIES},
+            bandwidths=[
+                Bandwidth(num_agents=b.num_agents, piece_bytes=b.piece_bytes, bytes_per_second=b.bytes_per_second)
+                for b in profile.bandwidths
+            ],
+            floor_bytes=floor_bytes,
+            heap_bytes=heap,
+            pinned_bytes=sum(load.slot_bytes for load in pinned.loads),
+            buffer_bytes=factory.buffer_bytes if bounced else 0,
+            num_passes=workload.num_passes,
+            slowdown=profile.slowdown,
+        )
+
+
+def prepare_model(
+    model: str | Path,
+    *,
+    workload: Workload,
+    task: str | None = None,
+    auto_class: str | type | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    head_rows: int = HEAD_ROWS,
+) -> Prepared:
+    """Resolve, build and trace a transformers model. Reads headers and configuration, no weights."""
+    directory = resolve_model(model, revision=revision)
+    if not directory.is_dir():
+        raise ModelError(
+            f"{directory} is a weight file without a configuration; give the model's directory, or use hermes.stream() with "
+            f"a module of your own"
+        )
+    checkpoint = open_checkpoint(directory)
+    skeleton = build_skeleton(
+        directory,
+        auto_class=auto_class,
+        task=task,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
+    weights = map_weights(skeleton, checkpoint)
+    finish_skeleton(skeleton, weights)
+    inputs = example_inputs(
+        skeleton, batch_size=workload.batch_size, sequence_length=workload.sequence_length
+    )
+    if inputs is not None and workload.max_new_tokens and "decoder_input_ids" not in inputs:
+        inputs |= {"use_cache": True, "logits_to_keep": 1}
+    found = None
+    if inputs is not None:
+        found = trace(skeleton, (), inputs)
+        if found is None and "logits_to_keep" in inputs:  # a model that does not know the argument
+            del inputs["logits_to_keep"]
+            found = trace(skeleton, (), inputs)
+    return _prepared(skeleton, checkpoint, weights, found, workload, directory, head_rows)
+
+
+def prepare_module(
+    module: nn.Module,
+    checkpoint: str | Path,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    head_rows: int = HEAD_ROWS,
+) -> Prepared:
+    """The same for any module and its state-dict file; with example inputs its pass is traced, else it is found out."""
+    path = resolve_model(checkpoint)
+    opened = open_checkpoint(path)
+    weights = map_weights(module, opened)
+    finish_skeleton(module, weights)
+    found = trace(module, args, kwargs or {}) if args or kwargs else None
+    return _prepared(module, opened, weights, found, Workload(sequence_length=1), path, head_rows)
+
+
+def _prepared(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    weights: WeightMap,
+    found: Trace | None,
+    workload: Workload,
+    source: Path,
+    head_rows: int,
+) -> Prepared:
+    if found is None:
+        logger.info("control flow depends on values (or no example input was given): the first pass finds the order")
+    return Prepared(
+        module=module,
+        checkpoint=checkpoint,
+        weights=weights,
+        trace=found,
+        partition=partition(module, weights, found, head_rows=head_rows),
+        workload=workload,
+        source=source,
+    )

@@ -1,0 +1,136 @@
+"""A model with its engine: started from a plan, closed once, reporting what it did."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from torch import nn
+
+from hermes.checkpoint.readers import Reader
+from hermes.engine import Engine, EngineConfig, EngineStats
+from hermes.memory.ledger import Ledger
+from hermes.memory.probe import find_cgroup
+from hermes.model.binding import Binding
+from hermes.plan import Plan
+from hermes.session.prepare import Prepared
+
+__all__ = ["MARGIN_BYTES", "Session", "attach", "memory_limit", "start_session"]
+
+MARGIN_BYTES = 12 * 2**20
+"""Part of every budget that is never planned with: page tables and buffers of the kernel, counted by cgroups alone."""
+
+
+def memory_limit(budget_bytes: int) -> int:
+    """The budget, or the limit of the cgroup this process is in, if that is tighter."""
+    cgroup = find_cgroup()
+    if cgroup is None or cgroup.limit_bytes is None:
+        return budget_bytes
+    return min(budget_bytes, cgroup.limit_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What `model.hermes` is: the plan, the engine's statistics, and the way to end it.
+
+    Attributes:
+        prepared: skeleton, sources and partition.
+        plan: what was settled.
+        stats: what was measured so far.
+        ledger: reservations under the budget.
+    """
+
+    prepared: Prepared
+    plan: Plan
+    stats: EngineStats
+    ledger: Ledger
+    _close: Callable[[], None]
+
+    def close(self) -> None:
+        """Stop the agents, free the memory, close the files; the model cannot run any more. Idempotent."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def start_session(prepared: Prepared, plan: Plan, reader: Reader, *, record: bool = False) -> Session:
+    """Take the memory, start the agents, bind the model. The reader is closed with the session.
+
+    Raises:
+        BudgetError: the plan does not fit its own limit any more.
+        ReadError: the pinned weights could not be read.
+    """
+    factory = prepared.factory(reader.alignment, plan.piece_bytes)
+    blocks, block_of_unit = prepared.blocks(factory, plan.granularity)
+    pinned = factory.pinned(prepared.partition.pinned)
+    ledger = Ledger(plan.limit_bytes)
+    bounced = any(piece.bounced for block in [*blocks, pinned] for load in block.loads for piece in load.pieces)
+    ledger.reserve("floor", plan.floor_bytes)
+    ledger.reserve("heap", plan.heap_bytes)
+    num_in_pass = prepared.partition.num_in_pass
+    engine = Engine(
+        [block.loads for block in blocks],
+        pinned=pinned.loads,
+        reader=reader,
+        ledger=ledger,
+        config=EngineConfig(
+            ring_bytes=plan.ring_bytes,
+            resident=plan.resident,
+            num_agents=plan.num_agents,
+            buffer_bytes=factory.buffer_bytes if bounced else 0,
+            ahead=not plan.sequential,
+            blocks_in_pass=block_of_unit[num_in_pass - 1] + 1 if num_in_pass else None,
+            limit_bytes=plan.limit_bytes - MARGIN_BYTES // 2,
+            record=record,
+        ),
+    )
+    try:
+        binding = Binding(
+            prepared.module,
+            engine,
+            blocks=blocks,
+            pinned=pinned,
+            partition=prepared.partition,
+            block_of_unit=block_of_unit,
+            factory=factory,
+        )
+    except BaseException:
+        engine.close()
+        raise
+    detach = weakref.WeakMethod(binding.detach)
+
+    def close() -> None:
+        engine.close()
+        if (method := detach()) is not None:
+            method()
+
+    try:
+        binding.start()
+    except BaseException:
+        close()
+        raise
+    weakref.finalize(prepared.module, engine.close)
+    return Session(prepared=prepared, plan=plan, stats=engine.stats, ledger=ledger, _close=close)
+
+
+def attach(module: nn.Module, session: Session) -> nn.Module:
+    """Make `module` carry its session as `module.hermes`, and a context manager that closes it."""
+
+    def enter(self: Any) -> Any:
+        return self
+
+    def leave(
+        self: Any, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.hermes.close()
+
+    cls = type(module)
+    namespace = {"__enter__": enter, "__exit__": leave, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    module.__class__ = type(cls.__name__, (cls,), namespace)
+    object.__setattr__(module, "hermes", session)
+    return module

@@ -1,0 +1,44 @@
+"""What is going to be asked of a model, and how much memory that takes besides weights."""
+
+from dataclasses import dataclass
+
+from hermes.model.trace import Trace
+
+__all__ = ["Workload", "heap_bytes"]
+
+HEAP_SLACK_BYTES = 24 * 2**20
+"""For what no trace sees: the allocator's own rounding, packing buffers inside kernels, Python objects of a run."""
+UNTRACED_HEAP_BYTES = 64 * 2**20
+"""Activations of a module that could not be traced, until its first pass has shown otherwise."""
+LOGITS_COPIES = 4
+"""Sampling holds the last position's scores in fp32 and a few sorted or masked copies of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """Shapes that budget, plan and prediction are for.
+
+    Attributes:
+        batch_size: sequences or images at a time.
+        sequence_length: tokens of each text, or of each prompt.
+        max_new_tokens: tokens generated after the prompt; 0 for one forward pass.
+    """
+
+    batch_size: int = 1
+    sequence_length: int = 128
+    max_new_tokens: int = 0
+
+    @property
+    def num_passes(self) -> int:
+        """Sweeps over the weights: one for the prompt, one more for each later token."""
+        return max(1, self.max_new_tokens)
+
+
+def heap_bytes(workload: Workload, trace: Trace | None, *, vocabulary_size: int, row_buffer_bytes: int) -> int:
+    """Activations at their peak, the key-value cache at its longest, row buffers, scores, and slack."""
+    if trace is None:
+        return UNTRACED_HEAP_BYTES + HEAP_SLACK_BYTES + row_buffer_bytes
+    length = workload.sequence_length + workload.max_new_tokens
+    cache = trace.cache_bytes * length // max(1, workload.sequence_length) if workload.max_new_tokens else trace.cache_bytes
+    scores = LOGITS_COPIES * 4 * workload.batch_size * vocabulary_size if workload.max_new_tokens else 0
+    return trace.peak_bytes - trace.cache_bytes + cache + scores + row_buffer_bytes + HEAP_SLACK_BYTES
