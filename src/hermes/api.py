@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from hermes.checkpoint.readers import Reader
-from hermes.errors import InputError, ProfileError
+from hermes.errors import BudgetError, InputError, ProfileError
 from hermes.memory.allocator import keep_heap_tight
 from hermes.memory.probe import resident_bytes
-from hermes.plan import Plan, make_plan
+from hermes.plan import Plan, Problem, make_plan
 from hermes.profile import Profile, calibrate_compute, load_profile, machine_record, profile_path
 from hermes.session import (
     MARGIN_BYTES,
@@ -29,7 +29,18 @@ from hermes.session import (
 )
 from hermes.units import parse_bytes
 
-__all__ = ["load", "open_session", "plan", "profile", "settle_plan", "stream", "torch_dtype"]
+__all__ = [
+    "load",
+    "open_session",
+    "plan",
+    "pose_problem",
+    "profile",
+    "settle_plan",
+    "smallest_accepted",
+    "stream",
+    "sweep_plans",
+    "torch_dtype",
+]
 
 logger = logging.getLogger("hermes")
 
@@ -216,6 +227,19 @@ def settle_plan(
     prepared: Prepared, reader: Reader, budget_bytes: int, profile: str | Path | None, **choices: Any
 ) -> tuple[Plan, Profile]:
     """The plan for a prepared model, and the profile it rests on: the given one, the stored one, or an estimate."""
+    problem, known = pose_problem(prepared, reader, profile)
+    settled = make_plan(
+        problem,
+        budget_bytes=budget_bytes,
+        limit_bytes=memory_limit(budget_bytes),
+        margin_bytes=MARGIN_BYTES,
+        **choices,
+    )
+    return settled, known
+
+
+def pose_problem(prepared: Prepared, reader: Reader, profile: str | Path | None) -> tuple[Problem, Profile]:
+    """What the planner is asked about a prepared model in this process, and the profile its costs come from."""
     workload = prepared.workload
     calibrate_compute(getattr(torch, prepared.dtype), workload.batch_size * workload.sequence_length)
     floor_bytes = resident_bytes()
@@ -223,14 +247,37 @@ def settle_plan(
     known = _stored_profile(prepared, profile)
     if known is None:
         known = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes)
-    settled = make_plan(
-        prepared.problem(known, factory, floor_bytes=floor_bytes),
-        budget_bytes=budget_bytes,
-        limit_bytes=memory_limit(budget_bytes),
-        margin_bytes=MARGIN_BYTES,
-        **choices,
-    )
-    return settled, known
+    return prepared.problem(known, factory, floor_bytes=floor_bytes), known
+
+
+def sweep_plans(problem: Problem, *, num_budgets: int = 12, **choices: Any) -> list[Plan]:
+    """Plans for budgets from the smallest that works to fully resident, evenly spaced; limits of the system aside.
+
+    `choices` as in `make_plan`. With `resident_bytes` given, the last budget is the one that more would not speed up.
+    """
+
+    def settle(budget_bytes: int) -> Plan:
+        return make_plan(
+            problem, budget_bytes=budget_bytes, limit_bytes=budget_bytes, margin_bytes=MARGIN_BYTES, **choices
+        )
+
+    smallest = smallest_accepted(problem, **choices)
+    weights = sum(sum(unit.slot_bytes) for unit in problem.units)
+    largest = max(smallest, settle(smallest + weights).peak_bytes + MARGIN_BYTES)
+    steps = max(1, num_budgets - 1)
+    budgets = [smallest + (largest - smallest) * step // steps for step in range(num_budgets)]
+    return [settle(budget_bytes) for budget_bytes in dict.fromkeys(budgets)]
+
+
+def smallest_accepted(problem: Problem, **choices: Any) -> int:
+    """The smallest budget that `make_plan` takes with these choices, in bytes."""
+    try:
+        make_plan(problem, budget_bytes=1, limit_bytes=1, margin_bytes=MARGIN_BYTES, **choices)
+    except BudgetError as error:
+        if error.minimum_bytes is not None:
+            return error.minimum_bytes
+        raise
+    return 1
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:

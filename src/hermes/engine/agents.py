@@ -121,7 +121,7 @@ class LoadingAgents:
                 if done:
                     ticket.on_done(ticket)
                 del item, ticket, piece
-        except BaseException as error:  # noqa: BLE001 - whatever stops an agent must stop the others, and be seen
+        except BaseException as error:  # whatever stops an agent must stop the others, and be seen
             self._stop()
             self._on_error(error)
 

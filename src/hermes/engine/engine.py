@@ -5,6 +5,7 @@
 held over a read or a computation. The agents' own queue lock is taken inside it, never the other way round.
 """
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Sequence, Set
@@ -143,10 +144,14 @@ class Engine:
         return places
 
     def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
-        """Read loads into memory of the caller's, before anything else that is queued; blocks until they are there."""
+        """Read loads into memory of the caller's, before anything else that is queued; blocks until they are there.
+
+        **Guarantee.** While the engine runs, nothing is written to that memory any more once this returns or raises.
+        """
         if not loads:
             return
         left = len(loads)
+        abandoned = False
 
         def on_done(_: Ticket) -> None:
             nonlocal left
@@ -155,18 +160,30 @@ class Engine:
                 if not left:
                     self._ready.notify_all()
 
+        tickets = [
+            Ticket(
+                name=load.name,
+                slot=slot,
+                pieces=load.pieces,
+                codec=load.codec,
+                on_done=on_done,
+                is_abandoned=lambda: abandoned,
+            )
+            for load, slot in loads
+        ]
         start = self.clock()
-        self._agents.submit(
-            [
-                Ticket(name=load.name, slot=slot, pieces=load.pieces, codec=load.codec, on_done=on_done)
-                for load, slot in loads
-            ],
-            urgent=True,
-        )
         with self._lock:
-            while left:
-                self._raise_if_stopped()
-                self._ready.wait()
+            self._raise_if_stopped()
+            self._agents.submit(tickets, urgent=True)
+            try:
+                while left:
+                    self._raise_if_stopped()
+                    self._ready.wait()
+            except BaseException:
+                abandoned = True
+                while left and not self._is_stopped:
+                    self._ready.wait()
+                raise
             self.stats.stall_seconds += self.clock() - start
 
     def want(self, block: int) -> tuple[Place, ...]:
@@ -187,7 +204,7 @@ class Engine:
                 self._ready.wait()
             granted: Compute = self._granted
             self._block_start = self.clock()
-            self._held = block
+            self._held = self.stats.current_block = block
             stalled = self._block_start - start
             self.stats.stall_seconds += stalled
             if self._config.record and stalled > 1e-5:
@@ -210,9 +227,11 @@ class Engine:
     def end_pass(self) -> None:
         """The sweep is over, or was given up: release what is held, and look at real memory.
 
-        Raises BudgetError where the process has outgrown its budget and no resident weights are left to give back.
+        Raises ReadError if a file changed while it was read, and BudgetError where the process has outgrown its budget
+        and no resident weights are left to give back.
         """
         with self._lock:
+            was_running = self._pass_start is not None and not self._is_stopped
             now = self.clock()
             self._release(now)
             self._carry_out(self._pipeline.on(BlockDone()))
@@ -222,7 +241,9 @@ class Engine:
                 self.stats.pass_bytes.append(self.stats.bytes_read - self._pass_mark[0])
                 self.stats.pass_stall_seconds.append(self.stats.stall_seconds - self._pass_mark[1])
                 self._pass_start = None
-        self._balance(resident_bytes(), 0.0)
+        if was_running:
+            self._reader.check()
+        self._balance(0.0)
 
     def close(self) -> None:
         """Stop and join every agent, drop the memory, close the files. Idempotent; never raises what an agent raised."""
@@ -238,13 +259,17 @@ class Engine:
 
     def _release(self, now: float) -> None:
         if self._held is not None and self._config.record:
-            self.stats.spans.append(Span("inference", f"block {self._held}", self._block_start, now))
+            self.stats.spans.append(Span("inference", f"block {self._held}", self._block_start, now, 0, self._held))
         self._held = None
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self._error is not None or self._closed.is_set()
 
     def _raise_if_stopped(self) -> None:
         if self._error is not None:
             if isinstance(self._error, HermesError):
-                raise type(self._error)(str(self._error)) from self._error
+                raise copy.copy(self._error) from self._error
             raise EngineError(f"an agent failed: {self._error!r}") from self._error
         if self._closed.is_set():
             raise EngineError("the engine is closed; load the model again")
@@ -296,31 +321,37 @@ class Engine:
     # ------------------------------------------------------------------ the Daemon Agent's side
 
     def _watch(self) -> None:
+        try:
+            self._watch_memory()
+        except BaseException as error:  # whatever stops an agent must stop the others, and be seen
+            self._fail(error)
+
+    def _watch_memory(self) -> None:
         cgroup = find_cgroup()
+        if cgroup is not None and cgroup.limit_bytes is None:
+            cgroup = None  # refaults are the budget's business only where a limit squeezes
         refaults = cgroup.refaults() if cgroup is not None else 0
         last = self.clock()
         while not self._closed.wait(WATCH_SECONDS):
-            now, rss = self.clock(), resident_bytes()
+            now = self.clock()
             rate = 0.0
             if cgroup is not None:
                 seen = cgroup.refaults()
-                rate = (seen - refaults) / (now - last)
+                rate = (seen - refaults) / max(now - last, WATCH_SECONDS)
                 refaults = seen
             last = now
             if self._config.record:
                 with self._lock:
-                    self.stats.memory.append((now, rss))
-            try:
-                self._balance(rss, rate)
-            except BudgetError as error:
-                self._fail(error)
+                    self.stats.memory.append((now, resident_bytes()))
+            self._balance(rate)
 
-    def _balance(self, rss: int, refaults_per_second: float) -> None:
+    def _balance(self, refaults_per_second: float) -> None:
         """Give resident weights back as far as needed; refuse when that is not enough (never during normal running)."""
-        sample = MemorySample(
-            resident_bytes=rss, limit_bytes=self._config.limit_bytes, refaults_per_second=refaults_per_second
-        )
         with self._lock:
+            rss = resident_bytes()  # under the lock: a figure from before another agent's eviction would evict twice
+            sample = MemorySample(
+                resident_bytes=rss, limit_bytes=self._config.limit_bytes, refaults_per_second=refaults_per_second
+            )
             excess = bytes_to_give_back(sample)
             if excess:
                 freed = self._evict(excess)

@@ -7,13 +7,14 @@ __all__ = ["EngineStats", "Span"]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Something an agent did, for traces and profiles. Seconds are on the engine's clock."""
+    """Something an agent did, for traces and profiles. Seconds are on the engine's clock; `block` is what it computed."""
 
     agent: str
     name: str
     start_seconds: float
     end_seconds: float
     nbytes: int = 0
+    block: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -23,6 +24,8 @@ class EngineStats:
     bytes_read: int = 0
     stall_seconds: float = 0.0
     passes: int = 0
+    current_block: int | None = None
+    """The one that inference holds, or held last."""
     pass_seconds: list[float] = field(default_factory=list)
     pass_bytes: list[int] = field(default_factory=list)
     pass_stall_seconds: list[float] = field(default_factory=list)

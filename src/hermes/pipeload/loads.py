@@ -10,6 +10,9 @@ from hermes.checkpoint.index import Extent
 
 __all__ = ["Codec", "Load", "Piece", "Place", "plan_load"]
 
+SLOT_BYTES = 64
+"""Slots are multiples of this, so that one behind another starts where any element type may, even where reads need none."""
+
 Codec = Callable[[memoryview, memoryview], None]
 """Turns stored bytes (first) into the parameter's bytes (second); called by Loading Agents, several at a time."""
 
@@ -90,11 +93,11 @@ def plan_load(
             )
             for offset in range(begin, end, piece_bytes)
         )
-        slot_bytes = _align(end - begin, alignment)
+        slot_bytes = _align(end - begin, max(alignment, SLOT_BYTES))
         return Load(name=name, slot_bytes=slot_bytes, data_offset=extent.offset - begin, nbytes=nbytes, pieces=pieces)
     return Load(
         name=name,
-        slot_bytes=_align(nbytes, alignment),
+        slot_bytes=_align(nbytes, max(alignment, SLOT_BYTES)),
         data_offset=0,
         nbytes=nbytes,
         pieces=tuple(_bounced(extents, nbytes, alignment, piece_bytes)),

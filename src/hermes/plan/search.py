@@ -1,6 +1,6 @@
 """The search: every granularity, a ladder of windows, and all that is left as resident bytes; the fastest wins."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hermes.errors import BudgetError
@@ -28,8 +28,9 @@ class _Candidate:
 
 def smallest_budget(problem: Problem, margin_bytes: int) -> int:
     """Fewest bytes of budget with which the workload can run at all: nothing resident, the smallest window."""
-    ring = min(smallest_ring(_slots(problem, groups)) for groups in problem.groups.values())
-    return _fixed_bytes(problem, 1) + ring + margin_bytes
+    weights = min(_fewest_bytes(_slots(problem, blocks)) for blocks in problem.groups.values())
+    num_agents = min(bandwidth.num_agents for bandwidth in problem.bandwidths)
+    return _fixed_bytes(problem, num_agents) + weights + margin_bytes
 
 
 def make_plan(
@@ -50,7 +51,7 @@ def make_plan(
         budget_bytes: what the user asked.
         limit_bytes: the budget or a tighter limit of the system's.
         margin_bytes: part of the limit that is not planned with.
-        num_agents: Loading Agents, else the fewest that reach the best rate measured.
+        num_agents: Loading Agents, else the fewest that reach the best rate measured and whose buffers fit.
         granularity: "leaf", "half" or "layer", else the fastest.
         resident_bytes: weights that stay in memory, else as many as fit.
         sequential: load and compute in turns.
@@ -58,13 +59,42 @@ def make_plan(
     Raises:
         BudgetError: with the smallest budget that works.
     """
-    bandwidth = _choose_bandwidth(problem.bandwidths, num_agents)
     groups = {name: blocks for name, blocks in problem.groups.items() if granularity in (None, name)}
-    fixed = _fixed_bytes(problem, bandwidth.num_agents)
-    free = limit_bytes - margin_bytes - fixed
+    fixed = 0
+    for bandwidth in _bandwidths(problem.bandwidths, num_agents):
+        fixed = _fixed_bytes(problem, bandwidth.num_agents)
+        free = limit_bytes - margin_bytes - fixed
+        best = _fastest(problem, groups, bandwidth, free, resident_bytes, sequential)
+        if best is not None:
+            return _finish(problem, best, bandwidth, budget_bytes, limit_bytes, fixed, sequential)
+    weights = min(_fewest_bytes(_slots(problem, blocks), resident_bytes) for blocks in groups.values())
+    minimum = fixed + weights + margin_bytes
+    if limit_bytes < budget_bytes:
+        raise BudgetError(
+            f"the cgroup's limit of {format_bytes(limit_bytes)} is below the {format_bytes(minimum)} "
+            f"that this model needs; raise the limit",
+            minimum_bytes=minimum,
+        )
+    raise BudgetError(
+        f"the budget of {format_bytes(budget_bytes)} is too small: {format_bytes(problem.floor_bytes)} for the "
+        f"process, {format_bytes(problem.heap_bytes)} for activations and cache, "
+        f"{format_bytes(problem.pinned_bytes)} pinned, {format_bytes(weights)} window; "
+        f"try --budget {format_budget(minimum)}",
+        minimum_bytes=minimum,
+    )
+
+
+def _fastest(
+    problem: Problem,
+    groups: Mapping[str, Sequence[Sequence[int]]],
+    bandwidth: Bandwidth,
+    free_bytes: int,
+    resident_bytes: int | None,
+    sequential: bool,
+) -> _Candidate | None:
     best: _Candidate | None = None
     for name, blocks in groups.items():
-        for ring_bytes, resident in _windows(_slots(problem, blocks), free, resident_bytes):
+        for ring_bytes, resident in _windows(_slots(problem, blocks), free_bytes, resident_bytes):
             prediction = simulate(
                 problem,
                 _in_pass(problem, blocks),
@@ -75,22 +105,7 @@ def make_plan(
             )
             if best is None or prediction.total_seconds < 0.999 * best.prediction.total_seconds:
                 best = _Candidate(granularity=name, ring_bytes=ring_bytes, resident=resident, prediction=prediction)
-    if best is None:
-        ring = min(smallest_ring(_slots(problem, blocks)) for blocks in groups.values())
-        minimum = fixed + ring + margin_bytes + budget_bytes - limit_bytes + (resident_bytes or 0)
-        if limit_bytes < budget_bytes:
-            raise BudgetError(
-                f"the cgroup's limit of {format_bytes(limit_bytes)} is below the {format_bytes(fixed + ring + margin_bytes)} "
-                f"that this model needs; raise the limit",
-                minimum_bytes=minimum,
-            )
-        raise BudgetError(
-            f"the budget of {format_bytes(budget_bytes)} is too small: {format_bytes(problem.floor_bytes)} for the process, "
-            f"{format_bytes(problem.heap_bytes)} for activations and cache, {format_bytes(problem.pinned_bytes)} pinned, "
-            f"{format_bytes(ring)} window; try --budget {format_budget(minimum)}",
-            minimum_bytes=minimum,
-        )
-    return _finish(problem, best, bandwidth, budget_bytes, limit_bytes, fixed, sequential)
+    return best
 
 
 def _finish(
@@ -144,19 +159,40 @@ def _windows(
     slots: Sequence[Sequence[int]], free_bytes: int, resident_bytes: int | None
 ) -> Iterator[tuple[int, list[frozenset[int]]]]:
     """Pairs of window and resident loads that fit into `free_bytes` together."""
-    total = sum(sum(loads) for loads in slots)
+    total = _total_bytes(slots)
     smallest = smallest_ring(slots)
     if resident_bytes is None and free_bytes >= total:
         yield min(smallest, free_bytes - total), spread(slots, total)
         return
     for step in WINDOW_LADDER:
-        ring_bytes = min(int(smallest * step) // 4096 * 4096, total)
-        kept_bytes = free_bytes - ring_bytes if resident_bytes is None else min(resident_bytes, free_bytes - ring_bytes)
-        if kept_bytes < 0 or (resident_bytes is not None and kept_bytes < resident_bytes):
+        ring_bytes = max(smallest, min(int(smallest * step) // 4096 * 4096, total))
+        left_bytes = free_bytes - ring_bytes
+        kept_bytes = left_bytes if resident_bytes is None else min(resident_bytes, total)
+        if not 0 <= kept_bytes <= left_bytes:
             return
         yield ring_bytes, spread(slots, kept_bytes)
-        if ring_bytes == total:
+        if ring_bytes >= total:
             return
+
+
+def _fewest_bytes(slots: Sequence[Sequence[int]], resident_bytes: int | None = None) -> int:
+    """Window and resident weights at least: streaming can need more than keeping all, if one block is most of it."""
+    if resident_bytes is None:
+        return min(smallest_ring(slots), _total_bytes(slots))
+    return smallest_ring(slots) + min(resident_bytes, _total_bytes(slots))
+
+
+def _total_bytes(slots: Sequence[Sequence[int]]) -> int:
+    return sum(sum(loads) for loads in slots)
+
+
+def _bandwidths(bandwidths: Sequence[Bandwidth], num_agents: int | None) -> list[Bandwidth]:
+    """What is tried, in order: the best choice, then (where the number is free) ever fewer agents with fewer buffers."""
+    chosen = _choose_bandwidth(bandwidths, num_agents)
+    if num_agents is not None:
+        return [chosen]
+    fewer = [b for b in bandwidths if b.num_agents < chosen.num_agents]
+    return [chosen, *sorted(fewer, key=lambda b: (-b.num_agents, -b.bytes_per_second))]
 
 
 def _choose_bandwidth(bandwidths: Sequence[Bandwidth], num_agents: int | None) -> Bandwidth:

@@ -1,0 +1,1 @@
+"""Records to tables, plots, traces, a progress line, and a summary of a run."""

@@ -1,6 +1,7 @@
 """A model being run: what it takes (`prepare`), what it will cost (`estimate`, `measure`), and the run itself (`session`)."""
 
 from hermes.session.estimate import estimate_profile
+from hermes.session.measure import measure_profile
 from hermes.session.prepare import Prepared, prepare_model, prepare_module
 from hermes.session.session import MARGIN_BYTES, Session, attach, memory_limit, start_session
 from hermes.session.workload import Workload
@@ -12,6 +13,7 @@ __all__ = [
     "Workload",
     "attach",
     "estimate_profile",
+    "measure_profile",
     "memory_limit",
     "prepare_model",
     "prepare_module",

@@ -1,18 +1,17 @@
 """The Layer Profiler's passes: the model itself, streamed, block by block and with nothing else going on (paper, stage 0)."""
 
-import statistics
-from collections.abc import Sequence
+import inspect
+import time
+from collections.abc import Iterator
 
 import torch
 
-from hermes.engine import Span
 from hermes.errors import ModelError
 from hermes.memory.probe import find_cgroup, resident_bytes
 from hermes.model.inputs import example_inputs
 from hermes.pipeload import smallest_ring
 from hermes.plan import Plan
 from hermes.profile import (
-    BandwidthRecord,
     ComputeRecord,
     Profile,
     calibrate_compute,
@@ -32,31 +31,25 @@ MEASURED_AGENTS = (1, 2, 4)
 
 
 def measure_profile(prepared: Prepared) -> Profile:
-    """Run the model a few times in the sequential engine, once for each number of agents, and once overlapped.
+    """Run the model once for each number of agents in the sequential engine, and once overlapped.
 
-    Blocking, for about ten times as long as reading the weights takes. Raises ReadError, ModelError.
+    Blocking, for about six times as long as reading the weights takes. Raises ReadError, ModelError.
     """
     workload = prepared.workload
     calibrate_compute(getattr(torch, prepared.dtype), workload.batch_size * workload.sequence_length)
     floor_bytes = resident_bytes()
     cgroup = find_cgroup()
     refaults = cgroup.refaults() if cgroup is not None else 0
+    began = time.perf_counter()
     with prepared.reader() as reader:
-        bandwidths = measure_bandwidth(
-            prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, piece_sizes=PIECE_SIZES
-        )
+        bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, piece_sizes=PIECE_SIZES)
     loads: dict[int, list[float]] = {}
     computes: dict[int, list[list[float]]] = {}
-    total_seconds = 0.0
     for num_agents in MEASURED_AGENTS:
-        with _session(prepared, bandwidths, num_agents, sequential=True) as session:
-            for number, tokens in enumerate(_run(prepared, warm=num_agents == MEASURED_AGENTS[0])):
-                waits, seconds = _by_unit(session.stats.spans, len(prepared.partition.units), number)
-                loads.setdefault(num_agents, waits)
-                computes.setdefault(tokens, []).append(seconds)
-            total_seconds += sum(session.stats.pass_seconds)
+        for tokens, waits, seconds in _measured_passes(prepared, num_agents):
+            loads[num_agents] = waits
+            computes.setdefault(tokens, []).append(seconds)
     best = {tokens: [min(column) for column in zip(*samples, strict=True)] for tokens, samples in computes.items()}
-    slowdown = _slowdown(prepared, bandwidths, best)
     units = []
     with prepared.reader() as reader:
         factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
@@ -80,23 +73,60 @@ def measure_profile(prepared: Prepared) -> Profile:
         batch_size=workload.batch_size,
         sequence_length=workload.sequence_length,
         floor_bytes=floor_bytes,
-        slowdown=slowdown,
-        refaults_per_second=again / max(total_seconds, 1e-9),
+        refaults_per_second=again / (time.perf_counter() - began),
         bandwidths=tuple(bandwidths),
         units=tuple(units),
     )
 
 
-def _session(
-    prepared: Prepared, bandwidths: Sequence[BandwidthRecord], num_agents: int, *, sequential: bool
-) -> Session:
-    """Unit by unit, nothing resident, in a small window; memory is not planned, only bounded by the window."""
+def _measured_passes(prepared: Prepared, num_agents: int) -> Iterator[tuple[int, list[float], list[float]]]:
+    """For each pass: tokens in it, seconds each unit was waited for, seconds each unit computed.
+
+    The first pass is over the whole sequence; a model that generates makes a second one over one token per sequence,
+    after its own cache. A head cut by rows computes the last position alone, as in generation.
+    """
+    workload = prepared.workload
+    inputs = example_inputs(prepared.module, batch_size=workload.batch_size, sequence_length=workload.sequence_length)
+    if inputs is None:
+        raise ModelError("inputs of this model cannot be guessed; use hermes.stream with example inputs")
+    with _start_sequential(prepared, num_agents) as session, torch.no_grad():
+        generates = "input_ids" in inputs and workload.max_new_tokens > 0
+        if generates and "logits_to_keep" in inspect.signature(prepared.module.forward).parameters:
+            inputs["logits_to_keep"] = 1
+        output = prepared.module(**inputs)
+        yield workload.batch_size * workload.sequence_length, *_by_unit(session, len(prepared.partition.units))
+        cache = output.get("past_key_values") if generates else None
+        if cache is not None:
+            token = torch.ones(workload.batch_size, 1, dtype=torch.long)
+            name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+            rest = {"encoder_outputs": (output.encoder_last_hidden_state,)} if name == "decoder_input_ids" else {}
+            prepared.module(**{name: token}, past_key_values=cache, use_cache=True, **rest)
+            yield workload.batch_size, *_by_unit(session, len(prepared.partition.units))
+
+
+def _by_unit(session: Session, num_units: int) -> tuple[list[float], list[float]]:
+    """Sum up the spans of the pass that has just ended, and forget them."""
+    waits, seconds = [0.0] * num_units, [0.0] * num_units
+    wait = 0.0
+    for span in session.stats.spans:
+        if span.agent != "inference":
+            continue
+        if span.block is None:
+            wait = span.end_seconds - span.start_seconds
+        else:
+            waits[span.block] += wait
+            seconds[span.block] += span.end_seconds - span.start_seconds
+            wait = 0.0
+    session.stats.spans.clear()
+    return waits, seconds
+
+
+def _start_sequential(prepared: Prepared, num_agents: int) -> Session:
+    """Unit by unit, nothing resident, in the smallest window; memory is not planned, only bounded by the window."""
     reader = prepared.reader()
     factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
     blocks, _ = prepared.blocks(factory, "leaf")
     slots = [[load.slot_bytes for load in block.loads] for block in blocks]
-    ring_bytes = 2 * smallest_ring(slots)
-    floor_bytes = resident_bytes()
     unbounded = 2**62
     plan = Plan(
         budget_bytes=unbounded,
@@ -104,7 +134,7 @@ def _session(
         granularity="leaf",
         num_agents=num_agents,
         piece_bytes=PIECE_SIZES[-1],
-        ring_bytes=ring_bytes,
+        ring_bytes=smallest_ring(slots),
         resident=tuple(frozenset() for _ in blocks),
         resident_bytes=0,
         pass_bytes=0,
@@ -112,35 +142,11 @@ def _session(
         steady_pass_seconds=0.0,
         total_seconds=0.0,
         peak_bytes=0,
-        floor_bytes=floor_bytes,
+        floor_bytes=0,
         heap_bytes=0,
         pinned_bytes=0,
         bound="disk",
         bound_seconds=0.0,
-        sequential=sequential,
+        sequential=True,
     )
     return start_session(prepared, plan, reader, record=True)
-
-
-def _run(prepared: Prepared, *, warm: bool) -> Sequence[int]:
-    """One pass over the whole sequence, and (for a model that generates) one over a single token; tokens of each."""
-    workload = prepared.workload
-    inputs = example_inputs(
-        prepared.module, batch_size=workload.batch_size, sequence_length=workload.sequence_length
-    )
-    if inputs is None:
-        raise ModelError("inputs of this model cannot be guessed; profile it through hermes.stream's example inputs")
-    passes = []
-    with torch.no_grad():
-        if warm:
-            prepared.module(**inputs)
-        ...
-    return passes
-
-
-def _by_unit(spans: Sequence[Span], num_units: int, number: int) -> tuple[list[float], list[float]]:
-    raise NotImplementedError
-
-
-def _slowdown(prepared: Prepared, bandwidths: Sequence[BandwidthRecord], best: dict[int, list[float]]) -> float:
-    return statistics.median([1.0])

@@ -1,0 +1,72 @@
+"""The `hermes` command. Each subcommand is a function in a module of its name; torch is imported when one runs."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+import hermes
+from hermes.cli.doctor import doctor
+from hermes.cli.errors import GuardedGroup
+from hermes.cli.plan import plan
+from hermes.cli.profile import profile
+from hermes.cli.run import run
+from hermes.cli.synth import synth
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hermes",
+    cls=GuardedGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (run, plan, profile, doctor, synth):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point; ends the process."""
+    app(prog_name="hermes")
+
+
+@app.callback()
+def options(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the log, warnings, and tracebacks of errors.")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    """Run Transformers larger than a memory budget: weights stream from disk, the output stays the same."""
+    if version:
+        print(hermes.__version__)
+        raise typer.Exit
+    _set_up_logging(verbose=verbose)
+
+
+def _set_up_logging(*, verbose: bool) -> None:
+    """Hermes' warnings as lines of ours; transformers' chatter only when asked for, its report of odd weights always."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    log = logging.getLogger("hermes")
+    log.handlers = [handler]
+    log.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    log.propagate = False
+    if verbose:
+        return
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    # Both are read when transformers is imported, which is later. It reports missing and unexpected weights through
+    # the logger named here, so that one keeps its voice.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.WARNING)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"

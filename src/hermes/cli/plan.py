@@ -1,0 +1,173 @@
+"""`hermes plan`: what a run inside a budget is predicted to cost, or latency against budget; no weight is kept.
+
+The Pipeline Planner itself is `hermes.plan`; how its records look is `hermes.report`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hermes.errors import InputError
+from hermes.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from hermes.plan import Plan
+    from hermes.session import Prepared
+
+__all__ = ["plan", "plan_document", "settle_task", "write_json"]
+
+MAX_NEW_TOKENS = 128
+"""Asked of a model that generates, unless --new-tokens says otherwise."""
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Directory in Hugging Face layout, or Hub id.")],
+    budget: Annotated[str | None, typer.Option(help="Memory of the whole process, as 700MiB or 1.5GiB.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences or images at a time.")] = 1,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of each text or prompt.")] = 128,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=0, help=f"Tokens to generate; {MAX_NEW_TOKENS} for models that generate.")
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Budgets from the smallest that works to resident.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the sweep to a .png or .html file.")] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write JSON to a file; - for standard output alone.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as stored.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Profile to plan with; else the stored one.")] = None,
+    agents: Annotated[int | None, typer.Option(min=1, help="Loading Agents; else the planner's choice.")] = None,
+    granularity: Annotated[str | None, typer.Option(help="leaf, half or layer; else the planner's choice.")] = None,
+    resident_bytes: Annotated[
+        str | None, typer.Option(help="Weights kept between passes; 0 streams every block; else all that fit.")
+    ] = None,
+    sequential: Annotated[bool, typer.Option("--sequential", help="Load and compute in turns.")] = False,
+    task: Annotated[str | None, typer.Option(help="As transformers names it; else from the configuration.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow model code that comes with the checkpoint.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
+) -> None:
+    """Predict what a run inside a memory budget costs; with --sweep, latency against budget."""
+    if budget is None and not (sweep or plot):
+        raise InputError("plan needs --budget (as 700MiB), or --sweep for all budgets that work")
+    if granularity not in (None, "leaf", "half", "layer"):
+        raise InputError(f"unknown granularity {granularity!r}; choose leaf, half or layer")
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    choices: dict[str, Any] = {
+        "num_agents": agents,
+        "granularity": granularity,
+        "resident_bytes": _resident_bytes(resident_bytes),
+        "sequential": sequential,
+    }
+    if plot is not None:
+        from hermes.report.plot import check_plot_path
+
+        check_plot_path(plot)
+    from hermes import api
+    from hermes.memory.allocator import keep_heap_tight
+    from hermes.plan import make_plan
+    from hermes.session import MARGIN_BYTES, Workload, memory_limit, prepare_model
+
+    keep_heap_tight()
+    task, max_new_tokens = settle_task(model, revision, task, new_tokens)
+    prepared = prepare_model(
+        model,
+        workload=Workload(batch_size=batch, sequence_length=seq, max_new_tokens=max_new_tokens),
+        task=task,
+        dtype=api.torch_dtype(dtype),
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    with prepared.reader() as reader:
+        problem, known = api.pose_problem(prepared, reader, profile)
+    smallest_bytes = api.smallest_accepted(problem, **choices)
+    settled = None
+    if budget_bytes is not None:
+        settled = make_plan(
+            problem,
+            budget_bytes=budget_bytes,
+            limit_bytes=memory_limit(budget_bytes),
+            margin_bytes=MARGIN_BYTES,
+            **choices,
+        )
+    plans = api.sweep_plans(problem, **choices) if sweep or plot is not None else []
+    if plot is not None:
+        from hermes.report.plot import latency_against_budget
+
+        latency_against_budget(plans, plot, title=f"{prepared.source.name}, {prepared.dtype}: latency against budget")
+    if json_file is not None:
+        document = _document(prepared, smallest_bytes, measured=known.measured)
+        document |= {"plan": plan_document(settled)} if settled is not None else {}
+        document |= {"sweep": [plan_document(one) for one in plans]} if plans else {}
+        write_json(document, json_file)
+    if json_file != "-":
+        _print(prepared, settled, plans, smallest_bytes, measured=known.measured)
+        if plot is not None:
+            print(f"plot: {plot}")
+
+
+def plan_document(plan: "Plan") -> dict[str, Any]:
+    """A plan for JSON: its fields, but how many blocks there are instead of which loads of each stay."""
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "resident"}
+    return {**fields, "num_blocks": len(plan.resident)}
+
+
+def write_json(document: dict[str, Any], target: str) -> None:
+    """To a file, or to standard output for "-". Raises InputError where it cannot be written."""
+    if target == "-":
+        print(json.dumps(document, indent=1))
+        return
+    try:
+        Path(target).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _document(prepared: "Prepared", smallest_bytes: int, *, measured: bool) -> dict[str, Any]:
+    workload = prepared.workload
+    return {
+        "model": str(prepared.source),
+        "dtype": prepared.dtype,
+        "weight_bytes": prepared.weight_bytes,
+        "batch_size": workload.batch_size,
+        "sequence_length": workload.sequence_length,
+        "max_new_tokens": workload.max_new_tokens,
+        "smallest_budget_bytes": smallest_bytes,
+        "measured": measured,
+    }
+
+
+def _print(
+    prepared: "Prepared", settled: "Plan | None", plans: list["Plan"], smallest_bytes: int, *, measured: bool
+) -> None:
+    from rich.console import Console
+
+    from hermes.report.tables import budget_table, plan_table, sweep_table
+
+    console = Console()
+    weights = format_bytes(prepared.weight_bytes)
+    console.print(f"{prepared.source.name}: {weights} of weights in {prepared.dtype}", highlight=False)
+    if settled is not None:
+        passes = prepared.workload.num_passes
+        console.print(plan_table(settled, num_passes=passes, smallest_bytes=smallest_bytes, measured=measured))
+        console.print(budget_table(settled))
+    if plans:
+        console.print(sweep_table(plans))
+
+
+def _resident_bytes(text: str | None) -> int | None:
+    """0 is a choice here, though no size of memory to anybody else."""
+    return None if text is None else 0 if text.strip() == "0" else parse_bytes(text)
+
+
+def settle_task(model: str, revision: str | None, task: str | None, new_tokens: int | None) -> tuple[str, int]:
+    """The task that `hermes run` would choose, and the tokens to generate where the user gave no number."""
+    from hermes.checkpoint import resolve_model
+    from hermes.tasks.detect import task_of
+
+    chosen = task or task_of(resolve_model(model, revision=revision))
+    generates = "generation" in chosen
+    return chosen, new_tokens if new_tokens is not None else MAX_NEW_TOKENS if generates else 0

@@ -1,0 +1,79 @@
+"""`hermes profile`: measure a model on this machine, keep the record for the planner, and show it.
+
+The Layer Profiler itself is `hermes.session.measure`; where records are kept is `hermes.profile.store`.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hermes.units import format_bytes
+
+__all__ = ["profile"]
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="Directory in Hugging Face layout, or Hub id.")],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences or images at a time.")] = 1,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of each text or prompt.")] = 128,
+    new_tokens: Annotated[int | None, typer.Option(min=0, help="0 leaves passes over single tokens out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as stored.")] = None,
+    json_file: Annotated[
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Write the profile to a file too; - for standard output."),
+    ] = None,
+    units: Annotated[bool, typer.Option("--units", help="A row for each unit, not for each layer.")] = False,
+    task: Annotated[str | None, typer.Option(help="As transformers names it; else from the configuration.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow model code that comes with the checkpoint.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
+) -> None:
+    """Measure what each layer of a model costs on this machine; `hermes plan` and `hermes run` then use it."""
+    from hermes import api
+    from hermes.checkpoint import resolve_model
+    from hermes.cli.plan import settle_task
+    from hermes.errors import InputError
+    from hermes.profile import profile_path, save_profile
+    from hermes.session import Workload
+
+    task, max_new_tokens = settle_task(model, revision, task, new_tokens)
+    measured = api.profile(
+        model,
+        workload=Workload(batch_size=batch, sequence_length=seq, max_new_tokens=min(2, max_new_tokens)),
+        dtype=dtype,
+        task=task,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    path = profile_path(resolve_model(model, revision=revision), measured.dtype)
+    try:
+        save_profile(measured, path)
+        if json_file not in (None, "-"):
+            save_profile(measured, Path(json_file).absolute())
+    except OSError as error:
+        raise InputError(f"cannot write {error.filename or path}: {error.strerror or error}") from error
+    if json_file == "-":
+        print(path.read_text(encoding="utf-8"))
+        return
+    from rich.console import Console
+
+    from hermes.report.tables import bandwidth_table, facts_table, profile_table
+
+    machine = measured.machine
+    console = Console()
+    console.print(profile_table(measured, by_unit=units))
+    console.print(bandwidth_table(measured))
+    console.print(
+        facts_table(
+            "Machine",
+            [
+                ("processor", f"{machine.cpu}, {machine.num_cores} cores, {machine.num_threads} threads computing"),
+                ("floor", f"{format_bytes(measured.floor_bytes)} before any weight"),
+                ("computing while reading", f"{measured.slowdown:.2f} times as long"),
+                ("pages read back", f"{measured.refaults_per_second:.0f} a second (refaults: the cap is too tight)"),
+                ("stored", str(path)),
+            ],
+        )
+    )

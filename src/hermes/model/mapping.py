@@ -1,0 +1,424 @@
+"""Where each parameter of a skeleton gets its bytes: names, renames and merges, down to runs of bytes in files.
+
+transformers renames and rearranges checkpoint tensors while it loads them. Its own rules are asked, key by key in its
+own order, and its own operations are run on tensors that know only where their elements lie (`_Runs`): what comes out
+as a short list of runs is read straight into place, the rest is converted after reading. Nothing is read here. What a
+checkpoint lacks is filled in by `skeleton`; a plain module's names must match, give or take one prefix.
+"""
+
+import copy
+import itertools
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hermes.checkpoint.index import DTYPE_BYTES, Checkpoint, Extent, TensorEntry
+from hermes.errors import ModelError
+
+__all__ = ["Source", "WeightMap", "is_transformers_model", "map_weights"]
+
+logger = logging.getLogger(__name__)
+
+_PREFIXES = ("module.", "model.")
+_NUM_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where one parameter's (or persistent buffer's) bytes lie on disk.
+
+    Attributes:
+        extents: without `convert`, their concatenation is the whole parameter, row major, in `dtype`.
+        dtype: as stored, spelt as in safetensors; the same in all extents. Casting to the parameter's is the reader's.
+        shapes: with `convert`, the shape of each source tensor; extent number i is all of tensor number i.
+        convert: makes the parameter (in `dtype`) from the source tensors. Touches nothing else, safe in any thread.
+    """
+
+    extents: tuple[Extent, ...]
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...] | None = None
+    convert: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(extent.nbytes for extent in self.extents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMap:
+    """What a checkpoint holds for a skeleton.
+
+    Attributes:
+        sources: by state-dict name. A tensor that a model has under several names is in here once.
+        missing: the model wants them and the checkpoint lacks them, as `from_pretrained` reports: what is tied to
+            something present, or what the model says may be missing, does not count.
+        unexpected: the checkpoint has them and the model has no use for them, with the same exceptions.
+    """
+
+    sources: Mapping[str, Source]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def map_weights(module: nn.Module, checkpoint: Checkpoint) -> WeightMap:
+    """Find every parameter and persistent buffer of `module` in `checkpoint`; reads no weights.
+
+    Raises ModelError where a shape differs from the module's, where transformers' own conversion cannot be carried out,
+    and, for a plain module, where anything is missing.
+    """
+    return _map_transformers(module, checkpoint) if is_transformers_model(module) else _map_plain(module, checkpoint)
+
+
+def is_transformers_model(module: nn.Module) -> bool:
+    """Whether this is a PreTrainedModel. Imports nothing: if transformers is not there yet, it cannot be one."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+def _map_plain(module: nn.Module, checkpoint: Checkpoint) -> WeightMap:
+    tensors = _state(module)
+    renamed = min(_renamings(tensors, checkpoint.tensors), key=lambda names: len(tensors.keys() - names.keys()))
+    sources = _one_per_tensor(
+        tensors, {name: _plain(name, tensors[name], renamed[name]) for name in tensors if name in renamed}
+    )
+    found = {id(tensors[name]) for name in sources}
+    if missing := [name for name, tensor in tensors.items() if id(tensor) not in found]:
+        raise ModelError(
+            f"the checkpoint lacks {_listed(missing)} of the module's {len(tensors)} tensors; "
+            "give the state dict that belongs to this module"
+        )
+    return WeightMap(
+        sources=sources, missing=(), unexpected=tuple(e.name for n, e in renamed.items() if n not in tensors)
+    )
+
+
+def _renamings(tensors: Iterable[str], entries: Mapping[str, TensorEntry]) -> Iterator[dict[str, TensorEntry]]:
+    """The checkpoint under its own names, with one prefix taken off, and with one put on."""
+    yield dict(entries)
+    for prefix in dict.fromkeys((*_PREFIXES, _common_prefix(entries))):
+        yield {name.removeprefix(prefix): entry for name, entry in entries.items()}
+    for prefix in dict.fromkeys((*_PREFIXES, _common_prefix(tensors))):
+        yield {f"{prefix}{name}": entry for name, entry in entries.items()}
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """The first part of all names, with its dot; empty if they begin differently."""
+    first = {name.partition(".")[0] for name in names}
+    return f"{first.pop()}." if len(first) == 1 else ""
+
+
+def _map_transformers(model: Any, checkpoint: Checkpoint) -> WeightMap:
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    tensors = _state(model)
+    plain, conversions, unexpected = _matched(model, checkpoint, tensors)
+    sources = {name: _plain(name, tensors[name], entry) for name, entry in plain.items()}
+    for conversion in conversions:
+        for name, source in conversion.sources(tensors):
+            if name in tensors:
+                sources[name] = source
+            else:
+                unexpected.add(name)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, origin in tied.items():
+        # A .bin holds tied weights under both names, as one storage: keep the one that the other is tied to.
+        if target in sources and origin in sources and sources[target].extents == sources[origin].extents:
+            del sources[target]
+    sources = _one_per_tensor(tensors, sources)
+    found = {id(tensors[name]) for name in sources}
+    groups = [{origin, *(t for t, o in tied.items() if o == origin)} for origin in dict.fromkeys(tied.values())]
+    filled = set().union(*(group for group in groups if group & sources.keys()))
+    info = LoadStateDictInfo(
+        missing_keys={name for name, tensor in tensors.items() if id(tensor) not in found} - filled,
+        unexpected_keys=unexpected,
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+    model._adjust_missing_and_unexpected_keys(info)
+    return WeightMap(
+        sources=sources, missing=tuple(sorted(info.missing_keys)), unexpected=tuple(sorted(info.unexpected_keys))
+    )
+
+
+def _matched(
+    model: Any, checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, TensorEntry], list["_Conversion"], set[str]]:
+    """What is only renamed, what is converted, and what nobody wants.
+
+    The loop is the one of transformers' `convert_and_load_state_dict_in_model`, quantisation and sharding left out; the
+    order matters, because it is the order in which experts are stacked.
+    """
+    from transformers import conversion_mapping, core_model_loading
+
+    rules = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    shapes = _Shapes({name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()})
+    prefix = model.base_model_prefix
+    rename = core_model_loading.rename_source_key
+    plain: dict[str, TensorEntry] = {}
+    converted: dict[str, _Conversion] = {}
+    unexpected: set[str] = set()
+    for key in sorted(checkpoint.tensors, key=core_model_loading.dot_natural_key):
+        name, pattern = rename(key, renamings, converters, prefix, tensors)
+        if name not in tensors and key in tensors:
+            name, pattern = rename(key, [], [], prefix, tensors)
+        if name in tensors and pattern is None:
+            plain.setdefault(name, checkpoint.tensors[key])
+        elif name in tensors:
+            conversion = converted.setdefault(name, _Conversion(name, by_pattern[pattern], shapes, model.config))
+            conversion.parts.append((pattern, checkpoint.tensors[key]))
+        elif pattern is not None:
+            targets = by_pattern[pattern].target_patterns
+            unexpected.update(name.replace(targets[0], target) for target in targets)
+        else:
+            unexpected.add(name)
+    return plain, list(converted.values()), unexpected
+
+
+class _Conversion:
+    """One of transformers' converters with the tensors it collected, for the parameter `name` and those beside it."""
+
+    def __init__(self, name: str, converter: Any, model: "_Shapes", config: Any) -> None:
+        self.name = name
+        self.parts: list[tuple[str, TensorEntry]] = []
+        self._converter = converter
+        self._model = model
+        self._config = config
+
+    def sources(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Source]]:
+        """A source for each parameter that the conversion makes. Raises ModelError."""
+        entries = [entry for _, entry in self.parts]
+        stored = {entry.dtype for entry in entries}
+        if len(stored) > 1:
+            found = ", ".join(sorted(stored))
+            raise ModelError(
+                f"{self.name}: its {len(entries)} parts are stored in several dtypes ({found}); save as one"
+            )
+        dtype = entries[0].dtype
+        for name, made in self._made().items():
+            if name in tensors:
+                _check_shape(name, tensors[name], tuple(made.shape))
+            if isinstance(made, _Runs):
+                extents = tuple(_extents(made, entries, DTYPE_BYTES[dtype]))
+                yield name, Source(extents=extents, dtype=dtype)
+            else:
+                yield (
+                    name,
+                    Source(
+                        extents=tuple(entry.extent for entry in entries),
+                        dtype=dtype,
+                        shapes=tuple(entry.shape for entry in entries),
+                        convert=self._closure(name),
+                    ),
+                )
+
+    def _made(self) -> dict[str, Any]:
+        """What the operations make: of runs if they leave them whole, else of tensors without values."""
+        try:
+            runs = [_Runs.whole(number, entry.shape) for number, (_, entry) in enumerate(self.parts)]
+            return self.run(runs)
+        except Exception as error:
+            logger.debug("%s is converted after reading: %s", self.name, error)
+        try:
+            # Shapes only, so any dtype does; float32 is the one that every operation has.
+            return self.run([torch.empty(entry.shape, device="meta") for _, entry in self.parts])
+        except Exception as error:
+            shapes = ", ".join(str(list(shape)) for shape in dict.fromkeys(entry.shape for _, entry in self.parts))
+            wanted = list(self._model.get_parameter(self.name).shape)
+            raise ModelError(
+                f"{self.name}: config says {wanted}, checkpoint has {len(self.parts)} parts of {shapes} "
+                f"which do not make that ({_one_line(error)})"
+            ) from error
+
+    def run(self, tensors: Iterable[Any]) -> dict[str, Any]:
+        """The converter's own operations on these tensors, in the order of `parts`."""
+        # A converter collects tensors in itself, and this may be running in another thread.
+        converter = copy.deepcopy(self._converter)
+        for (pattern, _), tensor in zip(self.parts, tensors, strict=True):
+            converter.collected_tensors[pattern].append(tensor)
+        made = converter.convert(self.name, model=self._model, config=self._config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+    def _closure(self, name: str) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
+        def convert(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            made: torch.Tensor = self.run(tensors)[name]
+            return made
+
+        return convert
+
+
+class _Shapes:
+    """What conversion operations ask of a model, without the model: at run time its parameters are being swapped."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """A tensor of the parameter's shape."""
+        return self._tensors[name]
+
+
+class _Rearranged(Exception):
+    """The elements do not stay in whole runs."""
+
+
+class _Runs:
+    """A tensor of which only this is known: its shape, and from where its elements come, in row-major order.
+
+    `runs` are (source tensor, first element, number of elements). Only operations that keep each source in one run per
+    result are understood; every other one raises, so that nothing is ever read in strips of a few bytes.
+    """
+
+    def __init__(self, shape: Iterable[int], runs: Iterable[tuple[int, int, int]]) -> None:
+        self.shape = torch.Size(shape)
+        self.runs = tuple(runs)
+
+    @classmethod
+    def whole(cls, source: int, shape: Sequence[int]) -> "_Runs":
+        """All of source number `source`."""
+        return cls(shape, [(source, 0, math.prod(shape))])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if (understood := _UNDERSTOOD.get(func)) is None:
+            raise _Rearranged(f"{getattr(func, '__name__', func)} moves elements")
+        return understood(*args, **(kwargs or {}))
+
+    def contiguous(self) -> "_Runs":
+        """The same: runs are in row-major order by definition."""
+        return self
+
+    def lots(self, count: int) -> list[list[tuple[int, int, int]]]:
+        """The runs in `count` equal lots; raises where that would cut a run."""
+        size = math.prod(self.shape) // count
+        lots, runs = [], iter(self.runs)
+        for _ in range(count):
+            lot, missing = [], size
+            while missing > 0:
+                lot.append(next(runs))
+                missing -= lot[-1][2]
+            if missing < 0:
+                raise _Rearranged("a source would be read in strips")
+            lots.append(lot)
+        return lots
+
+    def between(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The runs of elements `begin` to `end`."""
+        position = 0
+        for source, first, length in self.runs:
+            low, high = max(begin - position, 0), min(end - position, length)
+            if low < high:
+                yield source, first + low, high - low
+            position += length
+
+
+def _cat(tensors: Sequence[_Runs], dim: int = 0) -> _Runs:
+    shape = list(tensors[0].shape)
+    dim %= len(shape)
+    for other in tensors:
+        if [*other.shape[:dim], *other.shape[dim + 1 :]] != shape[:dim] + shape[dim + 1 :]:
+            raise ValueError(f"shapes {shape} and {list(other.shape)} do not fit together along {dim}")
+    lots = zip(*(tensor.lots(math.prod(shape[:dim])) for tensor in tensors), strict=True)
+    runs = itertools.chain.from_iterable(itertools.chain.from_iterable(lots))
+    return _Runs([*shape[:dim], sum(tensor.shape[dim] for tensor in tensors), *shape[dim + 1 :]], runs)
+
+
+def _stack(tensors: Sequence[_Runs], dim: int = 0) -> _Runs:
+    dim %= len(tensors[0].shape) + 1
+    return _cat([_Runs([*t.shape[:dim], 1, *t.shape[dim:]], t.runs) for t in tensors], dim)
+
+
+def _split(tensor: _Runs, sizes: int | Sequence[int], dim: int = 0) -> tuple[_Runs, ...]:
+    shape = list(tensor.shape)
+    dim %= len(shape)
+    if isinstance(sizes, int):
+        sizes = [min(sizes, shape[dim] - begin) for begin in range(0, shape[dim], sizes)]
+    if math.prod(shape[:dim]) != 1:
+        raise _Rearranged("a source would be read in strips")
+    if sum(sizes) != shape[dim]:
+        raise ValueError(f"{list(sizes)} are not {shape[dim]} together")
+    inner = math.prod(shape[dim + 1 :])
+    bounds = list(itertools.accumulate(sizes, initial=0))
+    return tuple(
+        _Runs([*shape[:dim], end - begin, *shape[dim + 1 :]], tensor.between(begin * inner, end * inner))
+        for begin, end in itertools.pairwise(bounds)
+    )
+
+
+def _chunk(tensor: _Runs, chunks: int, dim: int = 0) -> tuple[_Runs, ...]:
+    return _split(tensor, -(-tensor.shape[dim] // chunks), dim)
+
+
+_UNDERSTOOD: Mapping[Any, Callable[..., Any]] = {
+    torch.cat: _cat,
+    torch.stack: _stack,
+    torch.split: _split,
+    torch.chunk: _chunk,
+}
+
+
+def _extents(tensor: _Runs, entries: Sequence[TensorEntry], item_bytes: int) -> Iterator[Extent]:
+    """The runs as bytes; neighbours in one file are one extent."""
+    current: Extent | None = None
+    for source, first, length in tensor.runs:
+        home = entries[source].extent
+        offset, nbytes = home.offset + first * item_bytes, length * item_bytes
+        if current is not None and (current.file, current.offset + current.nbytes) == (home.file, offset):
+            current = Extent(file=home.file, offset=current.offset, nbytes=current.nbytes + nbytes)
+            continue
+        if current is not None:
+            yield current
+        current = Extent(file=home.file, offset=offset, nbytes=nbytes)
+    if current is not None:
+        yield current
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without extra state, and with the module's own tensors in it: shared ones are the same object."""
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _one_per_tensor(tensors: Mapping[str, torch.Tensor], sources: Mapping[str, Source]) -> dict[str, Source]:
+    """One source for a tensor that has several names; the last one stored wins, as in `load_state_dict`."""
+    names: dict[int, str] = {}
+    chosen: dict[str, Source] = {}
+    for name in tensors:
+        if name in sources:
+            chosen[names.setdefault(id(tensors[name]), name)] = sources[name]
+    return chosen
+
+
+def _plain(name: str, tensor: torch.Tensor, entry: TensorEntry) -> Source:
+    _check_shape(name, tensor, entry.shape)
+    return Source(extents=(entry.extent,), dtype=entry.dtype)
+
+
+def _check_shape(name: str, tensor: torch.Tensor, stored: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(stored):
+        raise ModelError(
+            f"{name}: config says {list(tensor.shape)}, checkpoint has {list(stored)}; "
+            "give the config.json that belongs to these weights"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return f"{len(names)} ({', '.join(names[:_NUM_NAMED])}{more})"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,72 @@
+"""What a checkpoint is for, from its config.json alone: nothing is imported, nothing of the model is built."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hermes.errors import ModelError
+
+__all__ = ["TASKS", "context_tokens", "is_encoder_decoder", "read_config", "task_of"]
+
+TASKS = ("text-generation", "text2text-generation", "feature-extraction", "image-classification")
+"""What `hermes run` can do; the names are those of transformers' pipelines."""
+
+#: Families whose positions start behind the padding token's: that many of `max_position_embeddings` are never used.
+_OFFSET_FAMILIES = {"camembert", "data2vec-text", "longformer", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The model's config.json. Raises ModelError when it is missing or is not JSON."""
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise ModelError(
+            f"{directory} is a weight file without a configuration; give the model's directory, or use hermes.stream() "
+            "with a module of your own"
+        )
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: missing; a model's directory holds one beside its weights") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return config
+
+
+def task_of(directory: Path) -> str:
+    """One of TASKS, by the architecture that the configuration names. Raises ModelError as `read_config` does."""
+    config = read_config(directory)
+    names = config.get("architectures") or [""]
+    architecture = str(names[0])
+    if is_encoder_decoder(config):
+        return "text2text-generation"
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "text-generation"
+    if architecture.endswith("ForImageClassification"):
+        return "image-classification"
+    return "feature-extraction"
+
+
+def is_encoder_decoder(config: Mapping[str, Any]) -> bool:
+    """An encoder-decoder that takes text; the speech ones are named otherwise."""
+    names = config.get("architectures") or [""]
+    is_text = not any("Speech" in str(name) or "Whisper" in str(name) for name in names)
+    # T5 configurations of old leave the flag out: their class's default is True.
+    flag = config.get("is_encoder_decoder", str(config.get("model_type")) in ("t5", "mt5", "umt5"))
+    return bool(flag) and is_text
+
+
+def context_tokens(config: Mapping[str, Any]) -> int | None:
+    """Longest sequence the model has positions for; None where it does not say or positions are relative."""
+    if config.get("relative_attention_num_buckets") or config.get("alibi"):
+        return None
+    inner = config.get("text_config")
+    for table in (config, inner if isinstance(inner, Mapping) else {}):
+        for name in ("max_position_embeddings", "n_positions"):
+            value = table.get(name)
+            if isinstance(value, int) and value > 0:
+                unused = int(table.get("pad_token_id") or 0) + 1 if table.get("model_type") in _OFFSET_FAMILIES else 0
+                return value - unused
+    return None

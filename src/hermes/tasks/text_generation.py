@@ -1,0 +1,119 @@
+"""Text that goes on from prompts, by transformers' own `generate`: of decoders, and of encoder-decoders."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hermes.errors import InputError
+from hermes.tasks.detect import context_tokens, is_encoder_decoder
+from hermes.tasks.text import encode_texts
+
+__all__ = ["GenerateOptions", "Generated", "check_context", "encode_prompts", "generate_text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Named and meant as in transformers' `generate`; None leaves it to the model's generation configuration."""
+
+    max_new_tokens: int
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    num_beams: int | None = None
+    seed: int | None = None
+    """Of the sampling; greedy output does not depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What came after one prompt; `token_ids` ends with the end token if there was one."""
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Inputs [prompt, token]: padded on the left, where a decoder does not see it. Raises InputError."""
+    return encode_texts(tokenizer, prompts, padding_side="right" if is_encoder_decoder(config) else "left")
+
+
+def check_context(config: Mapping[str, Any], *, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise InputError if the model has too few positions for prompt and output."""
+    limit = context_tokens(config)
+    if limit is None:
+        return
+    if is_encoder_decoder(config):
+        if prompt_tokens > limit:
+            raise InputError(f"the prompt is {prompt_tokens} tokens long, the model takes {limit}; shorten it")
+        prompt_tokens = 1  # what the decoder starts from
+    if prompt_tokens >= limit:
+        raise InputError(
+            f"the prompt is {prompt_tokens} tokens long, and the model's context of {limit} leaves no room for new ones; "
+            "shorten it"
+        )
+    if prompt_tokens + max_new_tokens > limit:
+        raise InputError(
+            f"{prompt_tokens} tokens of prompt and {max_new_tokens} new ones exceed the model's context of {limit}; "
+            f"shorten the prompt, or try --max-new-tokens {limit - prompt_tokens}"
+        )
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    options: GenerateOptions,
+    on_token: Callable[[int, str], None] | None = None,
+) -> list[Generated]:
+    """Go on from all prompts at once; one sweep over the weights serves them all. Blocking.
+
+    Args:
+        model: a transformers model that generates, streamed or resident.
+        tokenizer: its tokenizer; gets a padding token if it has none.
+        prompts: texts, in any lengths.
+        options: how to choose tokens.
+        on_token: called with (prompt number, new text) at each token; not with beams, which know theirs at the end only.
+
+    Raises:
+        InputError: an empty prompt, or one that is too long for the model: before any weight is used.
+    """
+    config = model.config.to_dict()
+    inputs = encode_prompts(tokenizer, prompts, config)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    check_context(config, prompt_tokens=prompt_tokens, max_new_tokens=options.max_new_tokens)
+    end_ids = _end_ids(model)
+    arguments: dict[str, Any] = {
+        name: value
+        for name in ("temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
+        if (value := getattr(options, name)) is not None
+    }
+    if on_token is not None and (options.num_beams or 1) == 1:
+        from hermes.tasks.streaming import BatchStreamer
+
+        arguments["streamer"] = BatchStreamer(tokenizer, end_ids, on_token)
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    output = model.generate(
+        **{name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")},
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.do_sample,
+        pad_token_id=tokenizer.pad_token_id,
+        **arguments,
+    )
+    given_tokens = 1 if is_encoder_decoder(config) else prompt_tokens
+    results = []
+    for prompt, ids in zip(prompts, output[:, given_tokens:].tolist(), strict=True):
+        end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        results.append(Generated(prompt=prompt, text=text, token_ids=tuple(ids[:end])))
+    return results
+
+
+def _end_ids(model: Any) -> frozenset[int]:
+    ids = model.generation_config.eos_token_id
+    return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,129 @@
+"""The simulated clock: against cases worked out by hand, and against bounds that nothing can beat."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hermes.pipeload import smallest_ring
+from hermes.plan import Bandwidth, Problem, UnitCost, simulate, spread
+
+
+def run(problem, resident=None, ring_bytes=10**6, rate=100.0, **options):
+    blocks = [[number] for number in range(len(problem.units))]
+    return simulate(problem, blocks, resident or [frozenset()] * len(blocks), ring_bytes, rate, **options)
+
+
+def test_one_pass_bound_by_the_disk(make_problem):
+    # Reads end at 1, 2, 3 s; each block computes for 0.5 s after its own.
+    found = run(make_problem([([100], 0.5, 0.5)] * 3))
+    assert found.first_pass_seconds == pytest.approx(3.5)
+    assert found.total_seconds == pytest.approx(3.5)
+
+
+def test_one_pass_bound_by_computing(make_problem):
+    # The first block waits 1 s, the others never.
+    assert run(make_problem([([100], 2.0, 2.0)] * 3)).first_pass_seconds == pytest.approx(7.0)
+
+
+def test_sequential_is_the_sum(make_problem):
+    problem = make_problem([([100], 0.5, 0.25)] * 3, num_passes=10)
+    found = run(problem, ahead=False)
+    assert found.first_pass_seconds == pytest.approx(4.5)
+    assert found.steady_pass_seconds == pytest.approx(3.75)
+    assert found.total_seconds == pytest.approx(4.5 + 9 * 3.75)
+
+
+def test_the_window_is_the_stop_signal(make_problem):
+    # Room for one block of 100 and a half: the next is read only once this one is computed.
+    problem = make_problem([([100], 1.0, 1.0)] * 3)
+    assert run(problem, ring_bytes=200).first_pass_seconds == pytest.approx(4.0)
+    half = make_problem([([60, 40], 1.0, 1.0)] * 2)
+    # 160 bytes: 60 of the second block fit beside the first (0.6 s, hidden), 40 are read afterwards.
+    assert run(half, ring_bytes=160).first_pass_seconds == pytest.approx(1.0 + 1.0 + 0.4 + 1.0)
+
+
+def test_resident_loads_are_read_in_the_first_pass_only(make_problem):
+    problem = make_problem([([50, 50], 0.0, 0.0)] * 2, num_passes=5)
+    found = run(problem, resident=[frozenset({0}), frozenset({0})], ring_bytes=100)
+    assert found.first_pass_seconds == pytest.approx(2.0)
+    assert found.steady_pass_seconds == pytest.approx(1.0)
+    assert found.total_seconds == pytest.approx(2.0 + 4 * 1.0)
+
+
+def test_the_ring_runs_on_across_passes(make_problem):
+    # While the last block computes (4 s), the next pass's first two are read; its own next visit waits for its release.
+    problem = make_problem([([100], 0.0, 0.0)] * 2 + [([100], 4.0, 4.0)], num_passes=3)
+    found = run(problem, ring_bytes=400)
+    assert found.first_pass_seconds == pytest.approx(7.0)
+    assert found.steady_pass_seconds == pytest.approx(5.0)
+
+
+def test_computing_is_slower_while_agents_read(make_problem):
+    # Block 0 computes from 1 to 2 s, with reads until 2 s: 1.5 times as long. Nothing reads beside block 1.
+    problem = make_problem([([100], 1.0, 1.0)] * 2, slowdown=1.5)
+    assert run(problem, ring_bytes=200).first_pass_seconds == pytest.approx(1.0 + 1.5 + 1.0 * 1.5)
+
+
+@st.composite
+def cases(draw):
+    sizes = draw(st.lists(st.lists(st.integers(1, 50), max_size=3), min_size=1, max_size=6))
+    seconds = st.integers(0, 20).map(lambda tenths: tenths / 10)
+    units = [
+        UnitCost(
+            name="u",
+            slot_bytes=tuple(loads),
+            read_bytes=tuple(loads),
+            first_seconds=draw(seconds),
+            next_seconds=draw(seconds),
+        )
+        for loads in sizes
+    ]
+    problem = Problem(
+        units=units,
+        num_in_pass=len(units),
+        groups={},
+        bandwidths=[Bandwidth(num_agents=1, piece_bytes=1, bytes_per_second=1.0)],
+        floor_bytes=0,
+        heap_bytes=0,
+        pinned_bytes=0,
+        buffer_bytes=0,
+        num_passes=draw(st.integers(1, 3)),
+        slowdown=draw(st.sampled_from([1.0, 1.3])),
+    )
+    resident = spread(sizes, draw(st.integers(0, sum(map(sum, sizes)))))
+    ring_bytes = smallest_ring(sizes) + draw(st.integers(0, 100))
+    return problem, resident, ring_bytes
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases(), rate=st.integers(1, 200), ahead=st.booleans())
+def test_neither_the_disk_nor_the_processor_is_outrun(case, rate, ahead):
+    problem, resident, ring_bytes = case
+    found = run(problem, resident, ring_bytes, rate, ahead=ahead)
+    units, passes = problem.units, problem.num_passes
+    every = sum(sum(unit.read_bytes) for unit in units)
+    steady = sum(
+        n for unit, kept in zip(units, resident, strict=True) for i, n in enumerate(unit.read_bytes) if i not in kept
+    )
+    first = sum(unit.first_seconds for unit in units)
+    later = sum(unit.next_seconds for unit in units)
+    slack = 1e-9
+    assert found.first_pass_seconds >= max(every / rate, first) - slack
+    assert found.steady_pass_seconds >= (later if passes > 1 else first) - slack
+    read_seconds = (every + (passes - 1) * steady) / rate
+    compute_seconds = first + (passes - 1) * later
+    assert found.total_seconds >= max(read_seconds, compute_seconds) - slack
+    # Nor is it slower than doing one thing at a time: every read once, and once more what is read ahead at the end.
+    assert found.total_seconds <= read_seconds + ring_bytes / rate + compute_seconds * problem.slowdown + slack
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases(), rate=st.integers(1, 100), factor=st.floats(1, 4))
+def test_overlap_and_a_faster_disk_never_cost_time(case, rate, factor):
+    problem, resident, ring_bytes = case
+    slow = run(problem, resident, ring_bytes, rate)
+    # Where a span lies in the ring depends on when the ring was empty, hence up to one load more or less of waiting.
+    slack = max((n for unit in problem.units for n in unit.read_bytes), default=0) / rate * problem.num_passes + 1e-9
+    assert run(problem, resident, ring_bytes, rate * factor).total_seconds <= slow.total_seconds + slack
+    if problem.slowdown == 1.0:
+        assert slow.total_seconds <= run(problem, resident, ring_bytes, rate, ahead=False).total_seconds + slack
