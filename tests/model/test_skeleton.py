@@ -56,10 +56,7 @@ def _bind(model, weights, checkpoint):
     """What the engine does, at once and with plain reads."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     homes = [
-        (table, name)
-        for module in model.modules()
-        for table in (module._parameters, module._buffers)
-        for name in table
+        (table, name) for module in model.modules() for table in (module._parameters, module._buffers) for name in table
     ]
     for name, source in weights.sources.items():
         read = bytearray()
@@ -89,8 +86,9 @@ def _streamed(directory, **kwargs):
     checkpoint = open_checkpoint(directory)
     weights = map_weights(model, checkpoint)
     finish_skeleton(model, weights)
-    on_disk = {name for name in model.state_dict() if model.get_parameter_or_buffer(name).is_meta}
-    assert on_disk >= weights.sources.keys()
+    hollow = {id(tensor) for tensor in (*model.parameters(), *model.buffers()) if tensor.is_meta}
+    assert hollow == {id(model.get_parameter_or_buffer(name)) for name in weights.sources}
+    assert len(hollow) == len(weights.sources)
     _bind(model, weights, checkpoint)
     return model, weights
 
@@ -132,7 +130,9 @@ def _inputs(model):
 def _outputs(model):
     with torch.no_grad():
         output = model(**_inputs(model)).to_tuple()
-    return [tensor for tensor in output if isinstance(tensor, torch.Tensor)]
+    tensors = [tensor for tensor in output if isinstance(tensor, torch.Tensor)]
+    assert tensors
+    return tensors
 
 
 def _random_model(name):
@@ -238,7 +238,7 @@ def test_missing_head_is_initialised_as_by_transformers(saved, tmp_path, caplog)
         ({"task": "text-generation"}, "T5ForConditionalGeneration", "T5ForConditionalGeneration"),
         ({"task": "embedding"}, "LlamaForCausalLM", "LlamaModel"),
         ({"task": "embedding", "auto_class": "AutoModelForCausalLM"}, "LlamaForCausalLM", "LlamaForCausalLM"),
-        ({"auto_class": transformers.AutoModelForSequenceClassification}, "Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+        ({"auto_class": transformers.AutoModelForImageClassification}, "CLIPModel", "CLIPForImageClassification"),
         ({"auto_class": transformers.ViTModel}, "ViTForImageClassification", "ViTModel"),
         ({"task": "image-classification"}, "ResNetForImageClassification", "ResNetForImageClassification"),
     ],

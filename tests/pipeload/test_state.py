@@ -1,6 +1,7 @@
 """Laws 1 and 2 under random models, windows, control flow and disks: bounded, in order, never stuck."""
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hermes.pipeload import (
     BlockDone,
     BlockWanted,
     Compute,
+    Discard,
     Fetch,
     LoadEvicted,
     LoadFetched,
@@ -34,15 +36,23 @@ class World:
         self.fetched_resident = set()
         self.slots = {}  # visit -> {load: offset}; what is out of the ring, until the visit cannot be needed any more
         self.arrived = {}  # visit -> loads that are there
+        self.leaving = set()
         self.granted = None
         self.held = None
 
     def take(self, orders):
         for order in orders:
-            if isinstance(order, Fetch):
+            if isinstance(order, Discard):
+                self.leaving.remove((order.block, order.load))
+                assert self.granted is None or self.granted.block != order.block or (
+                    self.granted.offsets[order.load] is not None
+                )
+                under_way = [(o.block, o.load) for o in self.under_way if o.offset is None]
+                assert (order.block, order.load) not in under_way
+                self.fetched_resident.discard((order.block, order.load))
+            elif isinstance(order, Fetch):
                 key = (order.block, order.load)
                 if order.offset is None:
-                    assert order.load in self.resident[order.block]
                     assert key not in {(o.block, o.load) for o in self.log if o.offset is None}
                 else:
                     assert order.load not in self.resident[order.block]
@@ -61,10 +71,11 @@ class World:
         """A grant: everything of the visit is there."""
         assert isinstance(order, Compute)
         for load, offset in enumerate(order.offsets):
-            if load in self.resident[order.block]:
-                assert offset is None
-                assert (order.block, load) in self.fetched_resident
+            if offset is None:
+                assert (order.block, load) in self.fetched_resident  # and so never discarded
+                assert load in self.resident[order.block] or (order.block, load) in self.leaving
             else:
+                assert load not in self.resident[order.block]
                 assert offset == self.slots[order.visit][load]
                 assert load in self.arrived[order.visit]
 
@@ -79,7 +90,7 @@ class World:
                 if offset is not None:
                     busy[self.granted.visit, load] = (offset, self.blocks[self.granted.block][load])
         spans = sorted(span for span in busy.values() if span[1])
-        assert all(a + n <= b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
+        assert all(a + n <= b for (a, n), (b, _) in pairwise(spans))
         assert all(a + n <= self.ring_bytes for a, n in spans)
 
     def start(self):
@@ -102,13 +113,14 @@ class World:
         self.take(self.pipeline.on(LoadFetched(order.visit)))
 
     def evict(self, block, load):
-        held = self.granted is not None and self.granted.block == block
         if not self.pipeline.can_evict(block, load):
             return False
-        assert not held
-        assert not any((o.block, o.load) == (block, load) for o in self.under_way)
+        idle = self.pipeline.is_idle(block)
+        assert not idle or self.granted is None or self.granted.block != block
         self.resident[block].remove(load)
+        self.leaving.add((block, load))
         self.take(self.pipeline.on(LoadEvicted(block, load)))
+        assert ((block, load) not in self.leaving) == idle
         return True
 
     def compute(self, block, choose):
@@ -163,6 +175,12 @@ def test_any_control_flow_is_computed_within_bounds(data, world, seed):
     world.done()
     while world.under_way:
         world.finish(choose(len(world.under_way)))
+    for block in range(len(world.blocks)):
+        world.compute(block, choose)
+    world.done()
+    for block in range(len(world.blocks)):  # one round later at most, what was given back has gone
+        world.compute(block, choose)
+    assert not world.leaving
 
 
 @settings(max_examples=200, deadline=None)
@@ -275,14 +293,29 @@ def test_a_resident_load_is_given_back_although_its_visit_is_foreseen():
     world = World([[10], [10], [10]], [{0}] * 3, 20)
     for block in range(3):
         world.compute(block, lambda _: 0)
-    assert not world.pipeline.can_evict(2, 0)  # held
+    assert world.pipeline.is_idle(1)
     assert world.evict(1, 0)
+    assert not world.leaving
     with pytest.raises(EngineError, match="load 0 of block 1 cannot be given back now"):
         world.pipeline.on(LoadEvicted(1, 0))
     for _ in range(2):
         for block in range(3):
             world.compute(block, lambda _: 0)
             assert (world.granted.offsets == (None,)) == (block != 1)
+
+
+def test_a_resident_load_in_use_is_given_back_after_its_visit():
+    world = World([[10], [10], [10]], [{0}, set(), set()], 20)
+    world.compute(0, lambda _: 0)
+    assert not world.pipeline.is_idle(0)
+    assert world.evict(0, 0)
+    assert world.leaving == {(0, 0)}
+    assert not world.pipeline.can_evict(0, 0)
+    world.want(1)
+    assert not world.leaving
+    for block in (1, 2, 0):
+        world.compute(block, lambda _: 0)
+    assert world.granted.offsets != (None,)
 
 
 def test_a_resident_load_that_the_window_cannot_hold_is_kept():

@@ -62,7 +62,8 @@ def check(problem, plan, limit):
     """A plan that could be run: inside the limit, its window large enough, its sums right."""
     assert isinstance(plan, Plan)
     assert plan.peak_bytes <= limit - MARGIN
-    slots = [[n for unit in block for n in problem.units[unit].slot_bytes] for block in problem.groups[plan.granularity]]
+    blocks = problem.groups[plan.granularity]
+    slots = [[n for unit in block for n in problem.units[unit].slot_bytes] for block in blocks]
     streamed = [
         [n for load, n in enumerate(loads) if load not in kept]
         for loads, kept in zip(slots, plan.resident, strict=True)
@@ -71,7 +72,7 @@ def check(problem, plan, limit):
     assert plan.resident_bytes == sum(map(sum, slots)) - sum(map(sum, streamed))
     fixed = problem.floor_bytes + problem.heap_bytes + problem.pinned_bytes + plan.num_agents * problem.buffer_bytes
     assert fixed + plan.ring_bytes + plan.resident_bytes <= limit - MARGIN  # what the ledger will be asked for
-    in_pass = [block for block in problem.groups[plan.granularity] if block[0] < problem.num_in_pass]
+    in_pass = [block for block in blocks if block[0] < problem.num_in_pass]
     assert plan.pass_bytes == sum(map(sum, streamed[: len(in_pass)]))
     assert plan.bound in ("disk", "compute")
     assert 0 <= plan.first_pass_seconds <= plan.total_seconds * (1 + 1e-9)

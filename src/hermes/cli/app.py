@@ -50,7 +50,7 @@ def options(
 
 
 def _set_up_logging(*, verbose: bool) -> None:
-    """Hermes' warnings as lines of ours; transformers' chatter only when asked for, its report of odd weights always."""
+    """Warnings of ours as lines; transformers' chatter only when asked for, its report of odd weights always."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
     log = logging.getLogger("hermes")

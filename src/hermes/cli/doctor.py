@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hermes.cli.plan import settle_workload
 from hermes.errors import HermesError, InputError
 from hermes.units import format_bytes, format_rate
 
@@ -169,7 +170,7 @@ def _diagnose(model: str | None, path: Path) -> Diagnosis:
         floor_anon_bytes=int(floor["anon_bytes"]),
         floor_file_bytes=int(floor["file_bytes"]),
         floor_shmem_bytes=int(floor["shmem_bytes"]),
-        smallest_budget_bytes=_smallest_budget(model, floor_bytes),
+        smallest_budget_bytes=_smallest_budget(None if model is None else tried, floor_bytes),
         model=model,
     )
 
@@ -184,16 +185,15 @@ def _floor() -> dict[str, str | int]:
     return floor
 
 
-def _smallest_budget(model: str | None, floor_bytes: int) -> int:
+def _smallest_budget(model: Path | None, floor_bytes: int) -> int:
     """The floor and the margin; with a model, the smallest that `hermes plan` accepts."""
     from hermes import api
-    from hermes.cli.plan import settle_task
-    from hermes.session import MARGIN_BYTES, Workload, prepare_model
+    from hermes.session import MARGIN_BYTES, prepare_model
 
     if model is None:
         return floor_bytes + MARGIN_BYTES
-    task, max_new_tokens = settle_task(model, None, None, None)
-    prepared = prepare_model(model, workload=Workload(max_new_tokens=max_new_tokens), task=task)
+    task, workload = settle_workload(model, task=None, batch=1, seq=None, new_tokens=None)
+    prepared = prepare_model(model, workload=workload, task=task)
     with prepared.reader() as reader:
         problem, _ = api.pose_problem(prepared, reader, None)
     return api.smallest_accepted(dataclasses.replace(problem, floor_bytes=floor_bytes))

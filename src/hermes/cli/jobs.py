@@ -7,7 +7,7 @@ is too long or an image that cannot be read is refused before any weight is.
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +129,7 @@ def _prompt_job(
         workload=Workload(batch_size=batch_size, sequence_length=prompt_tokens, max_new_tokens=max_new_tokens),
         perform=perform,
         render=lambda output: str(output["text"]),
-        streams=options.num_beams in (None, 1),
+        streams=True,
     )
 
 
@@ -158,10 +158,13 @@ def _text_job(directory: Path, texts: Sequence[str], pool: str | None, trust_rem
 
 
 def _image_job(directory: Path, images: Sequence[Path]) -> Job:
-    from hermes.session.workload import Workload
-    from hermes.tasks.classification import classify_images, load_pixels
+    from hermes.tasks.image import open_images
 
-    pixels = load_pixels(directory, images)
+    opened = open_images(images)
+    from hermes.session.workload import Workload
+    from hermes.tasks.classification import classify_images, prepare_images
+
+    pixels = prepare_images(directory, opened)
     config = read_config(directory)
     image_tokens = 1
     if isinstance(size := config.get("image_size"), int) and isinstance(patch := config.get("patch_size"), int):
@@ -180,7 +183,7 @@ def _image_job(directory: Path, images: Sequence[Path]) -> Job:
 
     return Job(
         task="image-classification",
-        workload=replace(Workload(), batch_size=len(images), sequence_length=image_tokens),
+        workload=Workload(batch_size=len(images), sequence_length=image_tokens),
         perform=perform,
         render=render,
     )

@@ -15,19 +15,23 @@ from hermes.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from hermes.plan import Plan
-    from hermes.session import Prepared
+    from hermes.session import Prepared, Workload
 
-__all__ = ["plan", "plan_document", "settle_task", "write_json"]
+__all__ = ["SEQUENCE_LENGTH", "plan", "plan_document", "settle_workload", "write_json"]
 
 MAX_NEW_TOKENS = 128
-"""Asked of a model that generates, unless --new-tokens says otherwise."""
+"""Asked of a model that generates, unless --new-tokens says otherwise; fewer if it has no positions for them."""
+SEQUENCE_LENGTH = 128
+"""Likewise, for --seq."""
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="Directory in Hugging Face layout, or Hub id.")],
     budget: Annotated[str | None, typer.Option(help="Memory of the whole process, as 700MiB or 1.5GiB.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences or images at a time.")] = 1,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of each text or prompt.")] = 128,
+    seq: Annotated[
+        int | None, typer.Option(min=1, help=f"Tokens of each text or prompt; else {SEQUENCE_LENGTH}.")
+    ] = None,
     new_tokens: Annotated[
         int | None, typer.Option(min=0, help=f"Tokens to generate; {MAX_NEW_TOKENS} for models that generate.")
     ] = None,
@@ -67,19 +71,20 @@ def plan(
 
         check_plot_path(plot)
     from hermes import api
+    from hermes.checkpoint import resolve_model
     from hermes.memory.allocator import keep_heap_tight
     from hermes.plan import make_plan
-    from hermes.session import MARGIN_BYTES, Workload, memory_limit, prepare_model
+    from hermes.session import MARGIN_BYTES, memory_limit, prepare_model
 
     keep_heap_tight()
-    task, max_new_tokens = settle_task(model, revision, task, new_tokens)
+    source = resolve_model(model, revision=revision)
+    task, workload = settle_workload(source, task=task, batch=batch, seq=seq, new_tokens=new_tokens)
     prepared = prepare_model(
-        model,
-        workload=Workload(batch_size=batch, sequence_length=seq, max_new_tokens=max_new_tokens),
+        source,
+        workload=workload,
         task=task,
         dtype=api.torch_dtype(dtype),
         trust_remote_code=trust_remote_code,
-        revision=revision,
     )
     with prepared.reader() as reader:
         problem, known = api.pose_problem(prepared, reader, profile)
@@ -163,11 +168,31 @@ def _resident_bytes(text: str | None) -> int | None:
     return None if text is None else 0 if text.strip() == "0" else parse_bytes(text)
 
 
-def settle_task(model: str, revision: str | None, task: str | None, new_tokens: int | None) -> tuple[str, int]:
-    """The task that `hermes run` would choose, and the tokens to generate where the user gave no number."""
-    from hermes.checkpoint import resolve_model
-    from hermes.tasks.detect import task_of
+def settle_workload(
+    directory: Path, *, task: str | None, batch: int, seq: int | None, new_tokens: int | None
+) -> tuple[str, "Workload"]:
+    """The task that `hermes run` would choose, and shapes that the model has positions for.
 
-    chosen = task or task_of(resolve_model(model, revision=revision))
-    generates = "generation" in chosen
-    return chosen, new_tokens if new_tokens is not None else MAX_NEW_TOKENS if generates else 0
+    Raises InputError if the numbers that were given do not fit its context; those that were not give way.
+    """
+    from hermes.session import Workload
+    from hermes.tasks.detect import context_tokens, read_config, task_of
+
+    task = task or task_of(directory)
+    context = context_tokens(read_config(directory))
+    if task == "text-generation" or new_tokens:
+        wanted = MAX_NEW_TOKENS if new_tokens is None else new_tokens
+        if new_tokens is None and context is not None:
+            wanted = max(1, min(wanted, context - seq if seq is not None else context // 2))
+    else:
+        wanted = MAX_NEW_TOKENS if new_tokens is None and "generation" in task else new_tokens or 0
+    after = wanted if task == "text-generation" else 0  # an encoder-decoder's new tokens have positions of their own
+    length = SEQUENCE_LENGTH if seq is None else seq
+    if seq is None and context is not None:
+        length = max(1, min(length, context - after))
+    if context is not None and length + after > context:
+        raise InputError(
+            f"{length} tokens and {after} new ones do not fit the model's context of {context}; "
+            f"try --seq {max(1, context - after)}" + f" --new-tokens {context - 1}" * (after >= context)
+        )
+    return task, Workload(batch_size=batch, sequence_length=length, max_new_tokens=wanted)

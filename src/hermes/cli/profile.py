@@ -3,11 +3,13 @@
 The Layer Profiler itself is `hermes.session.measure`; where records are kept is `hermes.profile.store`.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hermes.cli.plan import SEQUENCE_LENGTH, settle_workload
 from hermes.units import format_bytes
 
 __all__ = ["profile"]
@@ -16,7 +18,9 @@ __all__ = ["profile"]
 def profile(
     model: Annotated[str, typer.Argument(help="Directory in Hugging Face layout, or Hub id.")],
     batch: Annotated[int, typer.Option(min=1, help="Sequences or images at a time.")] = 1,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of each text or prompt.")] = 128,
+    seq: Annotated[
+        int | None, typer.Option(min=1, help=f"Tokens of each text or prompt; else {SEQUENCE_LENGTH}.")
+    ] = None,
     new_tokens: Annotated[int | None, typer.Option(min=0, help="0 leaves passes over single tokens out.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as stored.")] = None,
     json_file: Annotated[
@@ -33,21 +37,20 @@ def profile(
     """Measure what each layer of a model costs on this machine; `hermes plan` and `hermes run` then use it."""
     from hermes import api
     from hermes.checkpoint import resolve_model
-    from hermes.cli.plan import settle_task
     from hermes.errors import InputError
     from hermes.profile import profile_path, save_profile
-    from hermes.session import Workload
 
-    task, max_new_tokens = settle_task(model, revision, task, new_tokens)
+    source = resolve_model(model, revision=revision)
+    task, workload = settle_workload(source, task=task, batch=batch, seq=seq, new_tokens=new_tokens)
+    few = dataclasses.replace(workload, max_new_tokens=min(2, workload.max_new_tokens))
     measured = api.profile(
-        model,
-        workload=Workload(batch_size=batch, sequence_length=seq, max_new_tokens=min(2, max_new_tokens)),
+        source,
+        workload=few,
         dtype=dtype,
         task=task,
         trust_remote_code=trust_remote_code,
-        revision=revision,
     )
-    path = profile_path(resolve_model(model, revision=revision), measured.dtype)
+    path = profile_path(source, measured.dtype)
     try:
         save_profile(measured, path)
         if json_file not in (None, "-"):
@@ -63,7 +66,7 @@ def profile(
 
     machine = measured.machine
     console = Console()
-    console.print(profile_table(measured, by_unit=units))
+    console.print(profile_table(measured, by_unit=units), "")
     console.print(bandwidth_table(measured))
     console.print(
         facts_table(

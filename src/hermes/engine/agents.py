@@ -1,5 +1,6 @@
 """Loading Agents: threads that read pieces into memory. What to read is decided elsewhere."""
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from hermes.checkpoint.readers import Reader
 from hermes.errors import EngineError, HermesError, ReadError
 from hermes.memory.arena import Arena
-from hermes.pipeload.loads import Codec, Piece
+from hermes.pipeload.loads import Load, Piece
 
 __all__ = ["LoadingAgents", "Ticket"]
 
@@ -18,16 +19,14 @@ class Ticket:
     """One load on its way: where it goes, and how many of its pieces are not there yet.
 
     Args:
-        name: for messages and traces.
+        load: what is fetched.
         slot: the memory it fills.
         on_done: called once, by the agent that finished the last piece, outside every lock.
-        is_abandoned: asked before each read; a ticket that nobody needs any more is done without reading.
+        is_abandoned: asked before each read; a ticket nobody needs any more is done without reading.
     """
 
-    name: str
+    load: Load
     slot: memoryview
-    pieces: tuple[Piece, ...]
-    codec: Codec | None = None
     on_done: Callable[["Ticket"], None]
     is_abandoned: Callable[[], bool] = field(default=lambda: False)
     left: int = 0
@@ -69,7 +68,7 @@ class LoadingAgents:
         """Queue every piece of the tickets, in order; urgent ones before all that is queued. Dropped once closed."""
         pairs: list[tuple[Ticket, Piece | None]] = []
         for ticket in tickets:
-            parts = ticket.pieces or (None,)  # nothing to read for an empty tensor, but somebody must say it is done
+            parts = ticket.load.pieces or (None,)  # nothing to read for an empty tensor, but somebody must say it is done
             ticket.left = len(parts)
             pairs += [(ticket, part) for part in parts]
         with self._work:
@@ -119,6 +118,7 @@ class LoadingAgents:
                     ticket.left -= 1
                     done = ticket.left == 0
                 if done:
+                    _settle(ticket)
                     ticket.on_done(ticket)
                 del item, ticket, piece
         except BaseException as error:  # whatever stops an agent must stop the others, and be seen
@@ -134,13 +134,21 @@ class LoadingAgents:
             self._reader.read_into(piece.file, piece.offset, buffer[: piece.length], piece.required)
             source = buffer[piece.skip : piece.skip + piece.nbytes]
             target = ticket.slot[piece.target : piece.target + piece.target_bytes]
-            if ticket.codec is None:
+            if ticket.load.codec is None:
                 target[:] = source
             else:
-                ticket.codec(source, target)
+                ticket.load.codec(source, target)
         except ReadError as error:
-            raise ReadError(f"{ticket.name}: {error}") from error
+            raise ReadError(f"{ticket.load.name}: {error}") from error
         except HermesError:
             raise
         except Exception as error:
-            raise EngineError(f"{ticket.name}: cannot place its bytes: {error}") from error
+            raise EngineError(f"{ticket.load.name}: cannot place its bytes: {error}") from error
+
+
+def _settle(ticket: Ticket) -> None:
+    """Move a tensor that the file does not hold at an address its kernels want; releases the interpreter lock."""
+    load = ticket.load
+    if load.shift:
+        base = ctypes.addressof(ctypes.c_char.from_buffer(ticket.slot)) + load.data_offset
+        ctypes.memmove(base, base + load.shift, load.nbytes)

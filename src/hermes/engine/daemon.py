@@ -1,4 +1,4 @@
-"""The Daemon Agent's eye on real memory: what was planned is watched, and resident bytes go back when it turns out tighter."""
+"""The Daemon Agent's eye on real memory: when it turns out tighter than planned, resident bytes go back."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,8 @@
 """One engine for every run: it owns the arenas, the agents and the ledger, and carries out `Pipeline`'s orders.
 
-**Threads and locks.** The Inference Agent is whoever calls `want` and `done`: one thread at a time. Loading Agents call
-`_fetched`; the Daemon Agent calls `_watch`. `_lock` guards the state machine, the ledger and the statistics; it is never
-held over a read or a computation. The agents' own queue lock is taken inside it, never the other way round.
+**Threads and locks.** The Inference Agent is whoever calls `want` and `end_pass`: one thread at a time. Loading Agents
+call `fetched` of a ticket; the Daemon Agent runs `_watch`. `_lock` guards the state machine, the ledger and the
+statistics; it is never held over a read or a computation. The agents' own queue lock is taken inside it, never the other way round.
 """
 
 import copy
@@ -19,7 +19,20 @@ from hermes.errors import BudgetError, EngineError, HermesError
 from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
 from hermes.memory.probe import find_cgroup, resident_bytes
-from hermes.pipeload import BlockDone, BlockWanted, Compute, Fetch, Load, LoadEvicted, LoadFetched, Order, Piece, Pipeline, Place
+from hermes.pipeload import (
+    BlockDone,
+    BlockWanted,
+    Compute,
+    Discard,
+    Fetch,
+    Load,
+    LoadEvicted,
+    LoadFetched,
+    Order,
+    Piece,
+    Pipeline,
+    Place,
+)
 from hermes.units import format_budget, format_bytes
 
 __all__ = ["Engine", "EngineConfig"]
@@ -109,7 +122,7 @@ class Engine:
         self._granted: Compute | None = None
         self._error: BaseException | None = None
         self._closed = threading.Event()
-        self._give_back_bytes = 0
+        self._leaving_bytes = 0  # of resident loads that are given back, and still in use
         self._pass_start: float | None = None
         self._pass_mark = (0, 0.0)
         self._block_start = 0.0
@@ -161,11 +174,7 @@ class Engine:
                     self._ready.notify_all()
 
         tickets = [
-            Ticket(
-                name=load.name,
-                slot=slot,
-                pieces=load.pieces,
-                codec=load.codec,
+            Ticket(load=load, slot=slot,
                 on_done=on_done,
                 is_abandoned=lambda: abandoned,
             )
@@ -185,6 +194,17 @@ class Engine:
                     self._ready.wait()
                 raise
             self.stats.stall_seconds += self.clock() - start
+
+    def take(self, nbytes: int) -> Arena:
+        """Memory for weights that stay but were not planned for; from resident ones if the budget has no room left.
+
+        Raises BudgetError where that does not suffice.
+        """
+        with self._lock:
+            if nbytes > self.ledger.free_bytes:
+                self._evict(nbytes - self.ledger.free_bytes, at_once=True)
+            self.ledger.reserve("late", self.ledger.accounts.get("late", 0) + nbytes)
+        return Arena(nbytes)
 
     def want(self, block: int) -> tuple[Place, ...]:
         """Release what is held, and block until every load of `block` is in memory; their places, in order.
@@ -246,7 +266,7 @@ class Engine:
         self._balance(0.0)
 
     def close(self) -> None:
-        """Stop and join every agent, drop the memory, close the files. Idempotent; never raises what an agent raised."""
+        """Stop and join every agent, drop the memory, close the files. Idempotent; raises nothing an agent raised."""
         with self._lock:
             self._closed.set()
             self._ready.notify_all()
@@ -285,6 +305,8 @@ class Engine:
                 case Compute():
                     self._granted = order
                     self._ready.notify_all()
+                case Discard():
+                    self._discard(order)
         if tickets:
             self._agents.submit(tickets)
 
@@ -303,15 +325,13 @@ class Engine:
             (self.store, self._slots[order.block, order.load]) if order.offset is None else (self.ring, order.offset)
         )
         slot = arena.view[offset : offset + load.slot_bytes]
-        return Ticket(
-            name=load.name, slot=slot, pieces=load.pieces, codec=load.codec, on_done=fetched, is_abandoned=is_abandoned
-        )
+        return Ticket(load=load, slot=slot, on_done=fetched, is_abandoned=is_abandoned)
 
     def _count_read(self, agent: str, ticket: Ticket, piece: Piece, start: float, end: float) -> None:
         with self._lock:
             self.stats.bytes_read += piece.length
             if self._config.record:
-                self.stats.spans.append(Span(agent, ticket.name, start, end, piece.length))
+                self.stats.spans.append(Span(agent, ticket.load.name, start, end, piece.length))
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -364,22 +384,30 @@ class Engine:
                         minimum_bytes=needed,
                     )
 
-    def _evict(self, nbytes: int) -> int:
-        """Turn resident loads into streamed ones, from the block that keeps most, until `nbytes` are free."""
-        freed = 0
+    def _evict(self, nbytes: int, *, at_once: bool = False) -> int:
+        """Turn resident loads into streamed ones, from the block that keeps most, until `nbytes` are free.
+
+        What a block under way still needs is counted (unless `at_once`) and goes when that visit is over.
+        """
+        freed = 0 if at_once else self._leaving_bytes
         kept: dict[int, int] = {}
-        for (block, load), _ in self._slots.items():
+        for block, load in self._slots:
             kept[block] = kept.get(block, 0) + self._blocks[block][load].slot_bytes
-        for block, load in sorted(self._slots, key=lambda key: -kept[key[0]]):
-            if freed >= nbytes:
-                break
-            if not self._pipeline.can_evict(block, load):
-                continue
-            self._carry_out(self._pipeline.on(LoadEvicted(block, load)))
-            slot_bytes = self._blocks[block][load].slot_bytes
-            self.store.discard(self._slots.pop((block, load)), slot_bytes)
-            freed += slot_bytes
-        if freed:
-            self.ledger.reserve("resident", self.ledger.accounts["resident"] - freed)
-            self.stats.evicted_bytes += freed
+        candidates = sorted(self._slots, key=lambda key: -kept[key[0]])
+        for idle in (True,) if at_once else (True, False):
+            for block, load in candidates:
+                if freed >= nbytes:
+                    return freed
+                if self._pipeline.can_evict(block, load) and (self._pipeline.is_idle(block) or not idle):
+                    slot_bytes = self._blocks[block][load].slot_bytes
+                    self._leaving_bytes += slot_bytes
+                    freed += slot_bytes
+                    self._carry_out(self._pipeline.on(LoadEvicted(block, load)))
         return freed
+
+    def _discard(self, order: Discard) -> None:
+        slot_bytes = self._blocks[order.block][order.load].slot_bytes
+        self.store.discard(self._slots.pop((order.block, order.load)), slot_bytes)
+        self.ledger.reserve("resident", self.ledger.accounts["resident"] - slot_bytes)
+        self._leaving_bytes -= slot_bytes
+        self.stats.evicted_bytes += slot_bytes

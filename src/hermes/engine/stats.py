@@ -7,7 +7,7 @@ __all__ = ["EngineStats", "Span"]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Something an agent did, for traces and profiles. Seconds are on the engine's clock; `block` is what it computed."""
+    """Something an agent did, for traces and profiles. Seconds on the engine's clock; `block` is what it computed."""
 
     agent: str
     name: str

@@ -1,10 +1,10 @@
-"""Who has reserved how many bytes of the budget. Counts only; the memory itself is in `arena`, the real figures in `probe`."""
+"""Who has reserved how much of the budget. Counts only; the memory itself is in `arena`, real figures in `probe`."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from hermes.errors import BudgetError
-from hermes.units import format_bytes, format_budget
+from hermes.units import format_budget, format_bytes
 
 __all__ = ["Ledger"]
 
@@ -41,7 +41,8 @@ class Ledger:
         if grow > self.free_bytes:
             raise BudgetError(
                 f"{account} needs {format_bytes(nbytes)}, the budget of {format_bytes(self.budget_bytes)} leaves "
-                f"{format_bytes(self.free_bytes + nbytes - grow)}; try --budget {format_budget(self.reserved_bytes + grow)}",
+                f"{format_bytes(self.free_bytes + nbytes - grow)}; "
+                f"try --budget {format_budget(self.reserved_bytes + grow)}",
                 minimum_bytes=self.reserved_bytes + grow,
             )
         self._accounts[account] = nbytes

@@ -1,8 +1,11 @@
-"""Hooks that make a module's own `forward` pull its blocks through the engine, with no change to its code.
+"""Makes a module's own `forward` pull its blocks through the engine, with no change to its code.
 
 Before a unit's module runs, its block is wanted; the block held until then is released. Row-wise embeddings and heads
-cut by rows get a forward of their own; everything else keeps its own.
+cut by rows get a forward of their own; everything else keeps its own, wrapped. Wrapped, not hooked: torch's attention
+leaves its fast path, and its bits, when it sees a hook.
 """
+
+import functools
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -36,6 +39,9 @@ class BlockSource(Protocol):
 
     def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
         """Read loads into the given memory, now."""
+
+    def take(self, nbytes: int) -> Arena:
+        """Memory under the budget that stays until the end."""
 
     def begin_pass(self) -> None:
         """A sweep begins."""
@@ -74,23 +80,22 @@ class Binding:
         self._pinned = pinned
         self._factory = factory
         self._current: int | None = None
-        self._depth = 0
+        self._in_pass = False
         self._ring: torch.UntypedStorage | None = _storage(source.ring)
         self._store: torch.UntypedStorage | None = _storage(source.store)
         modules = dict(module.named_modules())
-        self._handles: list[Any] = []
         self._forwards: list[nn.Module] = []
         for number, unit in enumerate(partition.units):
             if unit.rows is None:
-                hook = _enter_hook(self, block_of_unit[number])
-                self._handles.append(modules[unit.module].register_forward_pre_hook(hook))
+                self._replace(modules[unit.module], self._unit_forward(modules[unit.module], block_of_unit[number]))
         for name in partition.rowwise:
             self._replace(modules[name], self._rowwise_forward(modules[name], f"{name}.weight" if name else "weight"))
         for name, units in partition.heads.items():
             ranges = [(block_of_unit[unit], partition.units[unit].rows or (0, 0)) for unit in units]
             self._replace(modules[name], self._head_forward(modules[name], ranges))
-        self._handles.append(module.register_forward_pre_hook(self._begin, prepend=True))
-        self._handles.append(module.register_forward_hook(self._end, always_call=True))
+        for home in factory.homes:
+            home.watch(self._adopt)
+        self._replace(module, self._pass_forward(module))
 
     def start(self) -> None:
         """Bind what is pinned (blocking) and let the engine begin to load."""
@@ -111,13 +116,11 @@ class Binding:
     def detach(self) -> None:
         """Take hooks and forwards away, and every tensor off the engine's memory."""
         self._leave()
-        for bound in self._pinned.bound:
-            bound.unbind()
-        for handle in self._handles:
-            handle.remove()
+        for home in self._factory.homes:
+            home.restore()
         for module in self._forwards:
             module.__dict__.pop("forward", None)
-        self._handles, self._forwards = [], []
+        self._forwards = []
         self._ring = self._store = None
 
     def _leave(self) -> None:
@@ -132,20 +135,52 @@ class Binding:
             raise RuntimeError("detached")
         return storage
 
-    def _begin(self, *_: object) -> None:
-        if self._depth == 0:
-            self._source.begin_pass()
-        self._depth += 1
+    def _adopt(self, name: str) -> torch.Tensor | None:
+        """Keep for good a weight that is used outside its own module's time; None where no pass is under way."""
+        if not self._in_pass:
+            return None
+        block = self._factory.pinned([name])
+        arena = self._source.take(sum(load.slot_bytes for load in block.loads))
+        slot, places, wanted = 0, [], []
+        for load in block.loads:
+            wanted.append((load, arena.view[slot : slot + load.slot_bytes]))
+            places.append(Place(resident=True, offset=slot + load.data_offset))
+            slot += load.slot_bytes
+        self._source.fetch(wanted)
+        storage = _storage(arena)
+        (bound,) = block.bound
+        bound.bind(lambda _: storage, places)
+        return bound.live
 
-    def _end(self, *_: object) -> None:
-        self._depth = max(0, self._depth - 1)
-        if self._depth == 0:
-            self._leave()
-            self._source.end_pass()
-
-    def _replace(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
-        module.__dict__["forward"] = forward
+    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.__dict__["forward"] = functools.wraps(module.forward)(forward)  # transformers reads its signature
         self._forwards.append(module)
+
+    def _unit_forward(self, module: nn.Module, block: int) -> Callable[..., Any]:
+        own = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.enter(block)
+            return own(*args, **kwargs)
+
+        return forward
+
+    def _pass_forward(self, module: nn.Module) -> Callable[..., Any]:
+        own = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._in_pass:
+                return own(*args, **kwargs)
+            self._in_pass = True
+            try:
+                self._source.begin_pass()
+                return own(*args, **kwargs)
+            finally:
+                self._in_pass = False
+                self._leave()
+                self._source.end_pass()
+
+        return forward
 
     def _head_forward(
         self, head: nn.Module, ranges: Sequence[tuple[int, tuple[int, int]]]
@@ -199,13 +234,6 @@ class Binding:
                 target = table[first : first + load.nbytes // (table.stride(0) * table.element_size())]
                 target.view(torch.uint8).view(-1).copy_(flat[begin : begin + load.nbytes])
         return table
-
-
-def _enter_hook(binding: Binding, block: int) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        binding.enter(block)
-
-    return hook
 
 
 def _storage(arena: Arena) -> torch.UntypedStorage:

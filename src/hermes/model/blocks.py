@@ -1,5 +1,6 @@
 """From units to what the engine moves (`Load`s) and what the model sees (`Bound` parameters over that memory)."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hermes.checkpoint.index import DTYPE_BYTES, Extent
+from hermes.checkpoint.index import Extent
+from hermes.model.kernels import address_alignment
 from hermes.model.mapping import Source
+from hermes.model.trace import tensors_in
 from hermes.model.units import Unit
 from hermes.pipeload import Codec, Load, Place, plan_load
 
@@ -28,29 +31,50 @@ def torch_dtype(name: str) -> torch.dtype:
     return _TORCH_DTYPES[name]
 
 
+class Home:
+    """Where a model looks for one tensor: every module that has it, tied ones included."""
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self.name = name
+        self.tensor = tensor
+        self.tables: list[tuple[dict[str, Any], str]] = []
+        self._placeholder = tensor
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Let the model find this."""
+        for table, name in self.tables:
+            table[name] = tensor
+
+    def vacate(self) -> None:
+        """Let the model find the placeholder on the meta device."""
+        self.put(self._placeholder)
+
+    def watch(self, adopt: Callable[[str], torch.Tensor | None]) -> None:
+        """From now on the placeholder calls `adopt` when it is computed with."""
+        if isinstance(self.tensor, nn.Parameter):
+            self._placeholder = Stray(self.tensor, functools.partial(adopt, self.name))
+        self.vacate()
+
+    def restore(self) -> None:
+        """Back to the skeleton's own tensor."""
+        self.put(self.tensor)
+
+
 class Bound:
     """One parameter (or row range of one) as the model sees it while its bytes are in memory.
 
     `bind` points the live tensor at the bytes and puts it where the module looks for it; `unbind` puts the placeholder
-    on the meta device back, so that a use outside the block's time is an error, never a wrong number.
+    back. A range of rows has no home: whoever asked for it takes `live`.
     """
 
-    def __init__(
-        self,
-        tensor: torch.Tensor,
-        homes: Sequence[tuple[dict[str, Any], str]],
-        loads: range,
-        *,
-        shape: Sequence[int] | None = None,
-        source: Source,
-    ) -> None:
+    def __init__(self, home: Home, loads: range, source: Source, rows: tuple[int, int] | None = None) -> None:
+        tensor = home.tensor
         self.loads = loads
         self.live: torch.Tensor = torch.empty(0, dtype=tensor.dtype)
         if isinstance(tensor, nn.Parameter):
             self.live = nn.Parameter(self.live, requires_grad=False)
-        self._homes = homes
-        self._placeholder = tensor
-        self._shape = tuple(tensor.shape if shape is None else shape)
+        self._home = home if rows is None else None
+        self._shape = tuple(tensor.shape) if rows is None else (rows[1] - rows[0], *tensor.shape[1:])
         self._stride = _contiguous_stride(self._shape)
         self._item_bytes = tensor.element_size()
         self._source = source
@@ -62,13 +86,13 @@ class Bound:
             self.live.set_(memory(place), place.offset // self._item_bytes, self._shape, self._stride)  # type: ignore[call-overload]
         else:
             self.live.set_(self._convert(memory, places))  # type: ignore[call-overload]
-        for table, name in self._homes:
-            table[name] = self.live
+        if self._home is not None:
+            self._home.put(self.live)
 
     def unbind(self) -> None:
         """Forget the bytes; they may be anybody's from now on."""
-        for table, name in self._homes:
-            table[name] = self._placeholder
+        if self._home is not None:
+            self._home.vacate()
 
     def _convert(self, memory: Callable[[Place], torch.UntypedStorage], places: Sequence[Place]) -> torch.Tensor:
         source = self._source
@@ -81,6 +105,46 @@ class Bound:
             tensor.set_(memory(place), place.offset // tensor.element_size(), shape, _contiguous_stride(shape))  # type: ignore[call-overload]
             raw.append(tensor)
         return source.convert(raw).to(self.live.dtype).contiguous()
+
+
+class Stray(nn.Parameter):
+    """A placeholder on the meta device that notices when it is computed with.
+
+    Asking for its shape, dtype or device is free. Whatever makes a tensor of it is run with the real weight, which
+    `adopt` brings in, and keeps, from then on; where `adopt` gives None it stays what it is. Without this a product of a
+    real tensor and a meta one is no error in torch: it gives numbers out of memory that nobody has written.
+    """
+
+    def __new__(cls, placeholder: torch.Tensor, adopt: Callable[[], torch.Tensor | None]) -> "Stray":
+        """Of the same shape and dtype as `placeholder`."""
+        stray: Stray = torch.Tensor._make_subclass(cls, placeholder.detach(), False)
+        stray.adopt = adopt
+        return stray
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run as it is; if a tensor (or an error) comes of it, run with the real weights."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                result = func(*args, **kwargs)
+            except (RuntimeError, NotImplementedError):
+                result = None
+            if result is not None and not any(True for _ in tensors_in(result)):
+                return result
+            real_args, real_kwargs = _adopted(args), {name: _adopted(value) for name, value in kwargs.items()}
+            return func(*real_args, **real_kwargs)
+
+
+def _adopted(value: Any) -> Any:
+    if isinstance(value, Stray):
+        real = value.adopt()
+        return value if real is None else real
+    if type(value) in (list, tuple):
+        return type(value)(map(_adopted, value))
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +163,19 @@ class LoadFactory:
         self._sources = sources
         self._alignment = alignment
         self._piece_bytes = piece_bytes
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._homes: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        self._address_alignment = address_alignment()
+        homes: dict[int, Home] = {}
+        self._homes: dict[str, Home] = {}
         for prefix, child in module.named_modules():
             for table in (child._parameters, child._buffers):
                 for name, tensor in table.items():
                     if tensor is not None:
-                        self._tensors[f"{prefix}.{name}" if prefix else name] = tensor
-                        self._homes.setdefault(id(tensor), []).append((table, name))
+                        path = f"{prefix}.{name}" if prefix else name
+                        home = homes.setdefault(id(tensor), Home(path, tensor))
+                        home.tables.append((table, name))
+                        self._homes[path] = home
+        for name in sources:
+            self._homes[name].name = name
 
     @property
     def buffer_bytes(self) -> int:
@@ -132,13 +201,18 @@ class LoadFactory:
             self._add(name, None, loads, bound)
         return Block(name="pinned", loads=tuple(loads), bound=tuple(bound))
 
+    @property
+    def homes(self) -> list[Home]:
+        """Of everything that is on disk."""
+        return [self._homes[name] for name in self._sources]
+
     def canonical(self, name: str) -> str:
         """The name on disk of the tensor that the model has under `name`."""
-        return next(source for source in self._sources if self._tensors[source] is self._tensors[name])
+        return self._homes[name].name
 
     def empty_rows(self, name: str, num_rows: int) -> torch.Tensor:
         """Memory for that many rows of a parameter."""
-        tensor = self._tensors[name]
+        tensor = self._homes[name].tensor
         return torch.empty(num_rows, *tensor.shape[1:], dtype=tensor.dtype)
 
     def rows(self, name: str, begin: int, end: int) -> Load:
@@ -146,12 +220,10 @@ class LoadFactory:
         return self._plain(name, (begin, end))
 
     def _add(self, name: str, rows: tuple[int, int] | None, loads: list[Load], bound: list[Bound]) -> None:
-        source, tensor = self._sources[name], self._tensors[name]
+        source = self._sources[name]
         first = len(loads)
         if source.convert is None:
             loads.append(self._plain(name, rows))
-            shape = list(tensor.shape) if rows is None else [rows[1] - rows[0], *tensor.shape[1:]]
-            homes = self._homes[id(tensor)] if rows is None else []
         else:
             loads += [
                 plan_load(
@@ -160,15 +232,14 @@ class LoadFactory:
                     extent.nbytes,
                     alignment=self._alignment,
                     piece_bytes=self._piece_bytes,
-                    item_bytes=DTYPE_BYTES[source.dtype],
+                    address_alignment=self._address_alignment,
                 )
                 for extent in source.extents
             ]
-            shape, homes = list(tensor.shape), self._homes[id(tensor)]
-        bound.append(Bound(tensor, homes, range(first, len(loads)), shape=shape, source=source))
+        bound.append(Bound(self._homes[name], range(first, len(loads)), source, rows))
 
     def _plain(self, name: str, rows: tuple[int, int] | None) -> Load:
-        source, tensor = self._sources[name], self._tensors[name]
+        source, tensor = self._sources[name], self._homes[name].tensor
         extents = source.extents
         shape = list(tensor.shape)
         if rows is not None:
@@ -183,7 +254,7 @@ class LoadFactory:
             math.prod(shape) * tensor.element_size(),
             alignment=self._alignment,
             piece_bytes=self._piece_bytes,
-            item_bytes=tensor.element_size(),
+            address_alignment=self._address_alignment,
             codec=None if stored == tensor.dtype else _cast(stored, tensor.dtype),
         )
 

@@ -8,12 +8,13 @@ checkpoint lacks is filled in by `skeleton`; a plain module's names must match, 
 
 import copy
 import itertools
-import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,8 +23,6 @@ from hermes.checkpoint.index import DTYPE_BYTES, Checkpoint, Extent, TensorEntry
 from hermes.errors import ModelError
 
 __all__ = ["Source", "WeightMap", "is_transformers_model", "map_weights"]
-
-logger = logging.getLogger(__name__)
 
 _PREFIXES = ("module.", "model.")
 _NUM_NAMED = 5
@@ -163,9 +162,10 @@ def _matched(
     renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    shapes = _Shapes({name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()})
-    prefix = model.base_model_prefix
-    rename = core_model_loading.rename_source_key
+    # All that operations ask of a model is shapes. Not of the model itself: at run time its parameters come and go.
+    shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
+    shaped = SimpleNamespace(get_parameter=shapes.__getitem__)
+    prefix, rename = model.base_model_prefix, core_model_loading.rename_source_key
     plain: dict[str, TensorEntry] = {}
     converted: dict[str, _Conversion] = {}
     unexpected: set[str] = set()
@@ -176,7 +176,7 @@ def _matched(
         if name in tensors and pattern is None:
             plain.setdefault(name, checkpoint.tensors[key])
         elif name in tensors:
-            conversion = converted.setdefault(name, _Conversion(name, by_pattern[pattern], shapes, model.config))
+            conversion = converted.setdefault(name, _Conversion(name, by_pattern[pattern], shaped, model.config))
             conversion.parts.append((pattern, checkpoint.tensors[key]))
         elif pattern is not None:
             targets = by_pattern[pattern].target_patterns
@@ -189,7 +189,7 @@ def _matched(
 class _Conversion:
     """One of transformers' converters with the tensors it collected, for the parameter `name` and those beside it."""
 
-    def __init__(self, name: str, converter: Any, model: "_Shapes", config: Any) -> None:
+    def __init__(self, name: str, converter: Any, model: Any, config: Any) -> None:
         self.name = name
         self.parts: list[tuple[str, TensorEntry]] = []
         self._converter = converter
@@ -210,26 +210,16 @@ class _Conversion:
             if name in tensors:
                 _check_shape(name, tensors[name], tuple(made.shape))
             if isinstance(made, _Runs):
-                extents = tuple(_extents(made, entries, DTYPE_BYTES[dtype]))
-                yield name, Source(extents=extents, dtype=dtype)
-            else:
-                yield (
-                    name,
-                    Source(
-                        extents=tuple(entry.extent for entry in entries),
-                        dtype=dtype,
-                        shapes=tuple(entry.shape for entry in entries),
-                        convert=self._closure(name),
-                    ),
-                )
+                yield name, Source(extents=_extents(made, entries, DTYPE_BYTES[dtype]), dtype=dtype)
+                continue
+            extents, shapes = tuple(entry.extent for entry in entries), tuple(entry.shape for entry in entries)
+            yield name, Source(extents=extents, dtype=dtype, shapes=shapes, convert=self._closure(name))
 
     def _made(self) -> dict[str, Any]:
         """What the operations make: of runs if they leave them whole, else of tensors without values."""
-        try:
-            runs = [_Runs.whole(number, entry.shape) for number, (_, entry) in enumerate(self.parts)]
-            return self.run(runs)
-        except Exception as error:
-            logger.debug("%s is converted after reading: %s", self.name, error)
+        # What runs do not understand shows in exceptions of any kind; whether it is an error, tensors decide.
+        with suppress(Exception):
+            return self.run([_Runs.whole(number, entry.shape) for number, (_, entry) in enumerate(self.parts)])
         try:
             # Shapes only, so any dtype does; float32 is the one that every operation has.
             return self.run([torch.empty(entry.shape, device="meta") for _, entry in self.parts])
@@ -252,21 +242,9 @@ class _Conversion:
 
     def _closure(self, name: str) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
         def convert(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-            made: torch.Tensor = self.run(tensors)[name]
-            return made
+            return cast(torch.Tensor, self.run(tensors)[name])
 
         return convert
-
-
-class _Shapes:
-    """What conversion operations ask of a model, without the model: at run time its parameters are being swapped."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def get_parameter(self, name: str) -> torch.Tensor:
-        """A tensor of the parameter's shape."""
-        return self._tensors[name]
 
 
 class _Rearranged(Exception):
@@ -370,20 +348,18 @@ _UNDERSTOOD: Mapping[Any, Callable[..., Any]] = {
 }
 
 
-def _extents(tensor: _Runs, entries: Sequence[TensorEntry], item_bytes: int) -> Iterator[Extent]:
+def _extents(tensor: _Runs, entries: Sequence[TensorEntry], item_bytes: int) -> tuple[Extent, ...]:
     """The runs as bytes; neighbours in one file are one extent."""
-    current: Extent | None = None
+    extents: list[Extent] = []
     for source, first, length in tensor.runs:
         home = entries[source].extent
-        offset, nbytes = home.offset + first * item_bytes, length * item_bytes
-        if current is not None and (current.file, current.offset + current.nbytes) == (home.file, offset):
-            current = Extent(file=home.file, offset=current.offset, nbytes=current.nbytes + nbytes)
-            continue
-        if current is not None:
-            yield current
-        current = Extent(file=home.file, offset=offset, nbytes=nbytes)
-    if current is not None:
-        yield current
+        new = Extent(file=home.file, offset=home.offset + first * item_bytes, nbytes=length * item_bytes)
+        last = extents[-1] if extents else None
+        if last is not None and (last.file, last.offset + last.nbytes) == (new.file, new.offset):
+            extents[-1] = Extent(file=last.file, offset=last.offset, nbytes=last.nbytes + new.nbytes)
+        else:
+            extents.append(new)
+    return tuple(extents)
 
 
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:

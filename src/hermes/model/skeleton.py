@@ -125,7 +125,7 @@ def _config(directory: Path, trust_remote_code: bool, attn_implementation: str |
             config._attn_implementation = attn_implementation  # a property that hands it on to sub-configurations
     except Exception as error:
         hint = "; --trust-remote-code lets it" if stored.get("auto_map") and not trust_remote_code else ""
-        named = stored.get("model_type") or stored.get("architectures")
+        named = stored.get("model_type") or stored.get("architectures") or "(none named)"
         raise ModelError(f"{directory}: unsupported architecture {named!r}: {_one_line(error)}{hint}") from error
     return config
 

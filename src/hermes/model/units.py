@@ -26,6 +26,8 @@ PIN_BYTES = 64 * 2**10
 """Parameters up to this size stay in memory: reading one costs a disk access, whatever its size."""
 HEAD_ROWS = 4096
 """Row ranges of a head are multiples of this: fewer rows can round differently from the whole matrix."""
+_REACHING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""torch's modules whose fast paths take the weights of modules inside them without calling those."""
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.(.*))?$")
 
 
@@ -196,7 +198,10 @@ class _Tables:
         return tuple(self._tensors[name].shape)
 
     def owner(self, name: str) -> str:
-        return name.rpartition(".")[0]
+        """The module that is assumed to use a parameter: its own, or the one around it that reaches past its forward."""
+        path = name.split(".")[:-1]
+        around = (".".join(path[:depth]) for depth in range(len(path)))
+        return next((outer for outer in around if isinstance(self.modules[outer], _REACHING)), ".".join(path))
 
     def is_buffer(self, name: str) -> bool:
         return name not in self._parameters

@@ -4,7 +4,17 @@
 `Ring` is the window that streamed blocks move through. Threads are in `hermes.engine`; time is in `hermes.plan`.
 """
 
-from hermes.pipeload.events import BlockDone, BlockWanted, Compute, Event, Fetch, LoadEvicted, LoadFetched, Order
+from hermes.pipeload.events import (
+    BlockDone,
+    BlockWanted,
+    Compute,
+    Discard,
+    Event,
+    Fetch,
+    LoadEvicted,
+    LoadFetched,
+    Order,
+)
 from hermes.pipeload.loads import Codec, Load, Piece, Place, plan_load
 from hermes.pipeload.ring import Ring
 from hermes.pipeload.state import Pipeline, smallest_ring
@@ -14,6 +24,7 @@ __all__ = [
     "BlockWanted",
     "Codec",
     "Compute",
+    "Discard",
     "Event",
     "Fetch",
     "Load",

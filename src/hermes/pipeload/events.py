@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["BlockDone", "BlockWanted", "Compute", "Event", "Fetch", "LoadFetched", "LoadEvicted", "Order"]
+__all__ = ["BlockDone", "BlockWanted", "Compute", "Discard", "Event", "Fetch", "LoadEvicted", "LoadFetched", "Order"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class BlockDone:
 
 @dataclass(frozen=True, slots=True)
 class LoadEvicted:
-    """A resident load was given back: from its next visit on, the block streams it."""
+    """A resident load is to be given back: visits that begin from now on stream it. `Discard` follows, now or later."""
 
     block: int
     load: int
@@ -54,5 +54,13 @@ class Compute:
     offsets: tuple[int | None, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Daemon Agent: nobody looks at this load's resident place any more, nor ever will; its memory can go."""
+
+    block: int
+    load: int
+
+
 Event = BlockWanted | LoadFetched | BlockDone | LoadEvicted
-Order = Fetch | Compute
+Order = Fetch | Compute | Discard

@@ -1,6 +1,7 @@
 """How a tensor comes from disk into memory: pure arithmetic over extents, alignment and piece size.
 
-A *load* is one tensor as a block streams it: a slot of memory, and the *pieces* that Loading Agents read to fill it, each on its own.
+A *load* is one tensor as a block streams it: a slot of memory, and the *pieces* that Loading Agents read to fill it,
+each on its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from hermes.checkpoint.index import Extent
 __all__ = ["Codec", "Load", "Piece", "Place", "plan_load"]
 
 SLOT_BYTES = 64
-"""Slots are multiples of this, so that one behind another starts where any element type may, even where reads need none."""
+"""Slots are multiples of this, so that the next one starts where any element type may, even where reads need none."""
 
 Codec = Callable[[memoryview, memoryview], None]
 """Turns stored bytes (first) into the parameter's bytes (second); called by Loading Agents, several at a time."""
@@ -38,7 +39,10 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """One tensor's way into a slot of `slot_bytes`; its `nbytes` begin at `data_offset` of the slot."""
+    """One tensor's way into a slot of `slot_bytes`; its `nbytes` begin at `data_offset` of the slot in the end.
+
+    Its pieces may leave it `shift` bytes further up: then it is moved down once all of them are there.
+    """
 
     name: str
     slot_bytes: int
@@ -46,6 +50,7 @@ class Load:
     nbytes: int
     pieces: tuple[Piece, ...]
     codec: Codec | None = None
+    shift: int = 0
 
     @property
     def read_bytes(self) -> int:
@@ -68,18 +73,19 @@ def plan_load(
     *,
     alignment: int,
     piece_bytes: int,
-    item_bytes: int = 1,
+    address_alignment: int = 1,
     codec: Codec | None = None,
 ) -> Load:
     """The load that fills `nbytes` of a parameter from `extents` in order.
 
-    One extent without codec is read straight into place: the slot holds the aligned superset, so that an O_DIRECT read
-    needs no copy. Several extents, a codec, or an offset that is no multiple of `item_bytes` go through the agents'
-    buffers of `piece_bytes` + 2 x `alignment`.
+    One extent without codec is read straight into place: the slot holds the superset that is aligned for O_DIRECT, and
+    the tensor begins wherever it does in the file, or at the multiple of `address_alignment` below, to which it is then
+    moved. Several extents, or a codec, go through the agents' buffers of `piece_bytes` + 2 x `alignment`.
 
-    **Guarantee.** Every byte of every extent is wanted by exactly one piece, and lands at its own place.
+    **Guarantee.** Every byte of every extent is wanted by exactly one piece, and lands at its own place; the address of
+    the tensor is a multiple of `address_alignment` if the slot's is.
     """
-    if len(extents) == 1 and codec is None and extents[0].offset % item_bytes == 0:
+    if len(extents) == 1 and codec is None and extents[0].nbytes:
         (extent,) = extents
         begin = extent.offset // alignment * alignment
         end = extent.offset + extent.nbytes
@@ -94,7 +100,11 @@ def plan_load(
             for offset in range(begin, end, piece_bytes)
         )
         slot_bytes = _align(end - begin, max(alignment, SLOT_BYTES))
-        return Load(name=name, slot_bytes=slot_bytes, data_offset=extent.offset - begin, nbytes=nbytes, pieces=pieces)
+        shift = (extent.offset - begin) % address_alignment
+        data_offset = extent.offset - begin - shift
+        return Load(
+            name=name, slot_bytes=slot_bytes, data_offset=data_offset, nbytes=nbytes, pieces=pieces, shift=shift
+        )
     return Load(
         name=name,
         slot_bytes=_align(nbytes, max(alignment, SLOT_BYTES)),

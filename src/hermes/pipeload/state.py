@@ -10,7 +10,17 @@ from collections import deque
 from collections.abc import Iterable, Sequence, Set
 
 from hermes.errors import EngineError
-from hermes.pipeload.events import BlockDone, BlockWanted, Compute, Event, Fetch, LoadEvicted, LoadFetched, Order
+from hermes.pipeload.events import (
+    BlockDone,
+    BlockWanted,
+    Compute,
+    Discard,
+    Event,
+    Fetch,
+    LoadEvicted,
+    LoadFetched,
+    Order,
+)
 from hermes.pipeload.ring import Ring
 
 __all__ = ["Pipeline", "smallest_ring"]
@@ -28,7 +38,7 @@ def smallest_ring(blocks: Iterable[Sequence[int]]) -> int:
 class _Visit:
     """One trip of a block through the window."""
 
-    __slots__ = ("block", "done", "missing", "number", "offsets", "waiting")
+    __slots__ = ("block", "done", "leaving", "missing", "number", "offsets", "waiting")
 
     def __init__(self, number: int, block: int, waiting: Iterable[int]) -> None:
         self.number = number
@@ -37,6 +47,7 @@ class _Visit:
         self.offsets: dict[int, int] = {}  # of loads that have room, oldest first
         self.missing = 0  # loads ordered and not fetched yet
         self.done = False  # computed, skipped or abandoned
+        self.leaving: list[int] = []  # resident loads to give back after it
 
     def finish(self) -> None:
         """Nobody needs it any more; room for what has none yet is never asked for."""
@@ -93,6 +104,7 @@ class Pipeline:
 
     def on(self, event: Event) -> list[Order]:
         """Take one event in; the orders that follow from it, in the order in which they are to be carried out."""
+        orders: list[Order] = []
         match event:
             case BlockWanted(block):
                 self._want(block)
@@ -101,23 +113,25 @@ class Pipeline:
             case BlockDone():
                 self._release()
             case LoadEvicted(block, load):
-                self._evict(block, load)
-        return self._advance()
+                orders += self._evict(block, load)
+        return orders + self._advance()
 
     def is_abandoned(self, visit: int) -> bool:
-        """Whether a ring fetch that was ordered for this visit need not be carried out any more (but still reported)."""
+        """Whether a ring fetch ordered for this visit need not be carried out any more (but still reported)."""
         return self._visits[visit].done
 
     def can_evict(self, block: int, load: int) -> bool:
-        """Whether the block could stream this resident load from now on: no visit under way, and the window holds it.
-
-        A visit that is only foreseen, with nothing streamed for it or after it, is not under way: it can be begun anew.
-        """
+        """Whether this load is resident, and the window would hold the block if it streamed it too."""
         if load not in self._resident[block]:
             return False
-        if self._in_flight(block) and not self._is_foreseen(block):
-            return False
         return smallest_ring([[*self._streamed(block), self._slot_bytes[block][load]]]) <= self._ring.capacity_bytes
+
+    def is_idle(self, block: int) -> bool:
+        """Whether what it gives back can go at once: no visit of it is under way.
+
+        A visit that is only foreseen, with nothing streamed for it or after it, is not under way: it is begun anew.
+        """
+        return not self._in_flight(block) or self._is_foreseen(block)
 
     @property
     def ring(self) -> Ring:
@@ -163,23 +177,29 @@ class Pipeline:
         self._queue.append(visit)
         return visit
 
-    def _evict(self, block: int, load: int) -> None:
+    def _evict(self, block: int, load: int) -> list[Order]:
         if not self.can_evict(block, load):
             raise EngineError(f"load {load} of block {block} cannot be given back now")
         self._resident[block].remove(load)
         if load in self._cold[block]:
             self._cold[block].remove(load)
+        if not self.is_idle(block):
+            last = next(visit for visit in reversed(self._queue) if visit.block == block)
+            last.leaving.append(load)
+            return []
         if self._in_flight(block):  # foreseen only: begin that visit anew, with this load among those that stream
-            last = None
-            while last != block:
-                visit = self._queue.pop()
-                del self._visits[visit.number]
-                last = visit.block
+            orders: list[Order] = [Discard(block, load)]
+            foreseen: _Visit | None = None
+            while foreseen is None or foreseen.block != block:
+                foreseen = self._queue.pop()
+                del self._visits[foreseen.number]
+                orders += [Discard(foreseen.block, leaving) for leaving in foreseen.leaving]
             self._push(block)
+            return orders
+        return [Discard(block, load)]
 
     def _advance(self) -> list[Order]:
-        self._reclaim()
-        orders: list[Order] = []
+        orders = self._reclaim()
         while self._queue:
             last = self._queue[-1]
             orders += self._place(last)
@@ -214,9 +234,12 @@ class Pipeline:
         visit.missing += len(orders)
         return orders
 
-    def _reclaim(self) -> None:
+    def _reclaim(self) -> list[Order]:
+        orders: list[Order] = []
         while self._queue and self._queue[0].done and not self._queue[0].missing:
             visit = self._queue.popleft()
             del self._visits[visit.number]
             for offset in visit.offsets.values():
                 self._ring.free(offset)
+            orders += [Discard(visit.block, load) for load in visit.leaving]
+        return orders

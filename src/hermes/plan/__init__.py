@@ -1,4 +1,4 @@
-"""The Pipeline Planner: from costs and a budget to a plan, by simulating PIPELOAD's own state machine. No torch here."""
+"""The Pipeline Planner: from costs and a budget to a plan, by simulating PIPELOAD's own state machine. No torch."""
 
 from hermes.plan.cost import Prediction, simulate
 from hermes.plan.problem import Bandwidth, Plan, Problem, UnitCost

@@ -1,4 +1,4 @@
-"""Which weights stay in memory: the same share of every block, so that the disk never idles and the window never starves."""
+"""Which weights stay: the same share of every block, so that the disk never idles and the window never starves."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,12 @@ def spread(blocks: Sequence[Sequence[int]], budget_bytes: int) -> list[frozenset
                 kept[block].add(load)
                 owed -= nbytes
                 left -= nbytes
-    rest = [(nbytes, b, load) for b, loads in enumerate(blocks) for load, nbytes in enumerate(loads) if load not in kept[b]]
+    rest = [
+        (nbytes, block, load)
+        for block, loads in enumerate(blocks)
+        for load, nbytes in enumerate(loads)
+        if load not in kept[block]
+    ]
     for nbytes, block, load in sorted(rest, reverse=True):
         if nbytes <= left:
             kept[block].add(load)

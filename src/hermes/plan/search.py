@@ -187,7 +187,7 @@ def _total_bytes(slots: Sequence[Sequence[int]]) -> int:
 
 
 def _bandwidths(bandwidths: Sequence[Bandwidth], num_agents: int | None) -> list[Bandwidth]:
-    """What is tried, in order: the best choice, then (where the number is free) ever fewer agents with fewer buffers."""
+    """What is tried, in order: the best choice, then (where the number is free) ever fewer agents and buffers."""
     chosen = _choose_bandwidth(bandwidths, num_agents)
     if num_agents is not None:
         return [chosen]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
 
-__all__ = ["ProgressLine", "show_progress"]
+__all__ = ["ProgressLine", "import_terminal", "show_progress"]
 
 REFRESHES_PER_SECOND = 4
 RATE_WINDOW_SECONDS = 1.0
@@ -67,6 +67,12 @@ class ProgressLine:
         return " · ".join(parts)
 
 
+def import_terminal() -> None:
+    """Import now what drawing will need, if there is a terminal: memory is planned with what is there by then."""
+    if sys.stderr.isatty():
+        import rich.live  # noqa: F401
+
+
 @contextmanager
 def show_progress(line: Callable[[], str] | None) -> Iterator[Callable[[str], None]]:
     """Draw `line` while the block runs, if there is a terminal to draw on; yields the way to say text meanwhile.
@@ -93,7 +99,9 @@ def show_progress(line: Callable[[], str] | None) -> Iterator[Callable[[str], No
     yield from _shared_terminal(Console(), line, Live)
 
 
-def _shared_terminal(console: "Console", line: Callable[[], str], live: "type[Live]") -> Iterator[Callable[[str], None]]:
+def _shared_terminal(
+    console: "Console", line: Callable[[], str], live: "type[Live]"
+) -> Iterator[Callable[[str], None]]:
     """Text and line on one terminal, both drawn by rich: of a long text its end while it grows."""
     from rich.console import Group
     from rich.text import Text

@@ -109,29 +109,29 @@ def sweep_table(plans: Sequence[Plan]) -> Table:
 
 
 def profile_table(profile: Profile, *, by_unit: bool = False) -> Table:
-    """Costs of each layer (or of each unit), those alike folded into one row with their number."""
+    """Costs of each layer (or of each unit), those alike folded into one row; seconds are in ms, to fit 80 columns."""
     records = profile.units if by_unit else merge_blocks(profile.units)
     agents = sorted({count for record in records for count in record.load_seconds})
     tokens = sorted({count for record in records for count, _ in record.compute.samples})
-    title = f"{'Units' if by_unit else 'Layers'} in {profile.dtype}"
-    table = _table(title)
-    table.add_column("unit" if by_unit else "layer", overflow="fold")
-    names = ["count", "bytes", "FLOPs", "activations"]
-    names += [f"load,\n{_count(count, 'agent', 'agents')}" for count in agents]
-    names += [f"compute,\n{_count(count, 'token', 'tokens')}" for count in tokens]
+    table = _table(
+        f"{'Units' if by_unit else 'Layers'} in {profile.dtype}; loading by agents, computing by tokens, in ms"
+    )
+    table.box = None
+    table.add_column("\nunit" if by_unit else "\nlayer", overflow="fold", min_width=12)
+    names = ["\nbytes", "\nFLOPs", "activa-\ntions"]
+    names += [f"load\nby {count}" for count in agents] + [f"compute\n{count}" for count in tokens]
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for folded in fold_units(records):
         record = folded.unit
         computes = dict(record.compute.samples)
         table.add_row(
-            folded.pattern,
-            str(folded.count),
+            folded.pattern if folded.count == 1 else f"{folded.count} x {folded.pattern}",
             format_bytes(record.nbytes),
             _format_flops(record.flops),
             format_bytes(record.activation_bytes),
-            *(format_seconds(record.load_seconds[n]) if n in record.load_seconds else "" for n in agents),
-            *(format_seconds(computes[n]) if n in computes else "" for n in tokens),
+            *(_format_milliseconds(record.load_seconds.get(count)) for count in agents),
+            *(_format_milliseconds(computes.get(count)) for count in tokens),
         )
     return table
 
@@ -215,6 +215,12 @@ def _median(pattern: str, records: Sequence[UnitRecord]) -> UnitRecord:
             samples=tuple((count, statistics.median(seconds)) for count, seconds in sorted(computes.items()))
         ),
     )
+
+
+def _format_milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
 def _format_flops(flops: float) -> str:

@@ -25,7 +25,9 @@ def chrome_trace(stats: EngineStats) -> dict[str, Any]:
     events: list[dict[str, Any]] = [{"ph": "M", "pid": _PID, "name": "process_name", "args": {"name": "hermes"}}]
     for agent, track in tracks.items():
         events.append({"ph": "M", "pid": _PID, "tid": track, "name": "thread_name", "args": {"name": agent}})
-        events.append({"ph": "M", "pid": _PID, "tid": track, "name": "thread_sort_index", "args": {"sort_index": track}})
+        events.append(
+            {"ph": "M", "pid": _PID, "tid": track, "name": "thread_sort_index", "args": {"sort_index": track}}
+        )
     for span in spans:
         event = {
             "ph": "X",
@@ -37,7 +39,13 @@ def chrome_trace(stats: EngineStats) -> dict[str, Any]:
         }
         events.append({**event, "args": {"bytes": span.nbytes}} if span.nbytes else event)
     events += [
-        {"ph": "C", "pid": _PID, "name": "resident set", "ts": (seconds - start) * _MICROSECONDS, "args": {"bytes": nbytes}}
+        {
+            "ph": "C",
+            "pid": _PID,
+            "name": "resident set",
+            "ts": (seconds - start) * _MICROSECONDS,
+            "args": {"bytes": nbytes},
+        }
         for seconds, nbytes in memory
     ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}

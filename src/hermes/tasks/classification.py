@@ -1,4 +1,4 @@
-"""Labels for images: the image processor beside the weights (its Pillow kind; torchvision is never needed), one pass."""
+"""Labels for images: the image processor beside the weights (of the Pillow kind: no torchvision), and one pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 
 from hermes.errors import InputError
 
-__all__ = ["Label", "classify_images", "load_pixels"]
+__all__ = ["Label", "classify_images", "prepare_images"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,20 +20,16 @@ class Label:
     score: float
 
 
-def load_pixels(directory: Path, image_paths: Sequence[Path]) -> torch.Tensor:
-    """Images [image, channel, height, width] in float32, prepared as the model's directory says.
+def prepare_images(directory: Path, images: Sequence[Any]) -> torch.Tensor:
+    """Pillow images as pixels [image, channel, height, width] in float32, prepared as the model's directory says.
 
-    Raises:
-        InputError: Pillow is not installed, a file is not a readable image, or the directory has no image processor.
+    Raises InputError where the directory has no image processor that can be used.
     """
-    images = [_open_image(Path(path)) for path in image_paths]
-    if not images:
-        raise InputError("there is nothing to look at: no image was given")
     from transformers import AutoImageProcessor
 
     try:
         processor = AutoImageProcessor.from_pretrained(str(directory), backend="pil", local_files_only=True)
-        pixels: torch.Tensor = processor(images, return_tensors="pt")["pixel_values"]
+        pixels: torch.Tensor = processor(list(images), return_tensors="pt")["pixel_values"]
     # Everything: each processor fails in its own way (missing files, missing packages, unknown names).
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -46,7 +42,7 @@ def classify_images(model: Any, pixels: torch.Tensor, *, top_k: int = 5) -> list
 
     Args:
         model: a transformers model for image classification, streamed or resident.
-        pixels: what `load_pixels` made.
+        pixels: what `prepare_images` made.
         top_k: labels for each image; fewer where the model knows fewer.
 
     Raises:
@@ -59,25 +55,6 @@ def classify_images(model: Any, pixels: torch.Tensor, *, top_k: int = 5) -> list
     names = model.config.id2label
     scores, indices = logits.float().softmax(dim=-1).topk(min(top_k, logits.shape[-1]))
     return [
-        [
-            Label(label=str(names.get(index, index)), score=score)
-            for score, index in zip(row, places, strict=True)
-        ]
+        [Label(label=str(names.get(index, index)), score=score) for score, index in zip(row, places, strict=True)]
         for row, places in zip(scores.tolist(), indices.tolist(), strict=True)
     ]
-
-
-def _open_image(path: Path) -> Any:
-    """The whole image, decoded, in RGB."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise InputError("images need Pillow: pip install 'hermes-stream[image]'") from error
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not an image of a kind that Pillow knows") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be read as an image: {reason}") from error

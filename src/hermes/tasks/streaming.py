@@ -55,7 +55,7 @@ class BatchStreamer(BaseStreamer):  # type: ignore[misc]
         self._streams = []
 
     def _new_text(self, stream: _Stream, *, is_last: bool) -> str:
-        """The text that the latest tokens add. Decoded together with those before: a space may hang on its neighbour."""
+        """The text that the latest tokens add; decoded with those before, as spaces may hang on neighbours."""
         window = stream.ids[stream.start :]
         before, after = self._decode(window[: stream.said]), self._decode(window)
         if after.endswith(_INCOMPLETE) and not is_last:

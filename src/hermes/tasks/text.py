@@ -16,13 +16,22 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            str(directory), trust_remote_code=trust_remote_code, local_files_only=True, clean_up_tokenization_spaces=False
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory),
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            clean_up_tokenization_spaces=False,
         )
     # Everything: each tokenizer class fails in its own way (missing files, missing packages, unknown names).
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{directory}: no tokenizer that can be used: {reason}") from error
+    # Without any file of one, some classes come up with an empty vocabulary instead of an error.
+    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):
+        raise InputError(
+            f"{directory}: no tokenizer that can be used: it has no vocabulary; is tokenizer.json missing?"
+        )
+    return tokenizer
 
 
 def encode_texts(
@@ -43,7 +52,9 @@ def encode_texts(
         tokenizer.pad_token = tokenizer.eos_token
     lengths = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
     if 0 in lengths:
-        raise InputError(f"text {lengths.index(0) + 1} of {len(lengths)} is empty; a model needs one token to go on from")
+        raise InputError(
+            f"text {lengths.index(0) + 1} of {len(lengths)} is empty; a model needs one token to go on from"
+        )
     cut = max_tokens is not None and max(lengths) > max_tokens
     encoded = tokenizer(
         list(texts),

@@ -23,7 +23,6 @@ class GenerateOptions:
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float | None = None
-    num_beams: int | None = None
     seed: int | None = None
     """Of the sampling; greedy output does not depend on it."""
 
@@ -53,7 +52,7 @@ def check_context(config: Mapping[str, Any], *, prompt_tokens: int, max_new_toke
         prompt_tokens = 1  # what the decoder starts from
     if prompt_tokens >= limit:
         raise InputError(
-            f"the prompt is {prompt_tokens} tokens long, and the model's context of {limit} leaves no room for new ones; "
+            f"the prompt is {prompt_tokens} tokens long, and the model's context of {limit} leaves no room for more; "
             "shorten it"
         )
     if prompt_tokens + max_new_tokens > limit:
@@ -77,7 +76,7 @@ def generate_text(
         tokenizer: its tokenizer; gets a padding token if it has none.
         prompts: texts, in any lengths.
         options: how to choose tokens.
-        on_token: called with (prompt number, new text) at each token; not with beams, which know theirs at the end only.
+        on_token: called with (prompt number, new text) at each token.
 
     Raises:
         InputError: an empty prompt, or one that is too long for the model: before any weight is used.
@@ -89,10 +88,10 @@ def generate_text(
     end_ids = _end_ids(model)
     arguments: dict[str, Any] = {
         name: value
-        for name in ("temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
+        for name in ("temperature", "top_k", "top_p", "repetition_penalty")
         if (value := getattr(options, name)) is not None
     }
-    if on_token is not None and (options.num_beams or 1) == 1:
+    if on_token is not None:
         from hermes.tasks.streaming import BatchStreamer
 
         arguments["streamer"] = BatchStreamer(tokenizer, end_ids, on_token)

@@ -1,0 +1,174 @@
+"""`hermes run`: one model, one set of inputs, inside a memory budget; or fully resident, as the yardstick.
+
+The order matters: whatever can be wrong with options and inputs is said before torch is imported or a weight is read.
+What is done with the inputs is in `jobs`, the run itself in `execute`, how its result looks in `hermes.report`.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hermes.checkpoint import open_checkpoint, resolve_model
+from hermes.cli.execute import run_resident, run_streamed
+from hermes.cli.jobs import Inputs, make_job
+from hermes.errors import BudgetError, InputError
+from hermes.memory.allocator import keep_heap_tight
+from hermes.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from hermes.tasks.text_generation import GenerateOptions
+
+__all__ = ["run"]
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="Directory in Hugging Face layout, or Hub id.")],
+    budget: Annotated[str | None, typer.Option(help="Memory of the whole process, as 700MiB or 1.5GiB.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to go on from; repeatable. Else standard input.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to generate; else up to 128, as far as the context allows.")
+    ] = None,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Draw tokens instead of taking the likeliest.")
+    ] = False,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; above 0.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Draw from so many likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw from the likeliest of this share.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 makes repeating less likely.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text to embed; repeatable.")] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="mean, cls, last, max or none; else as the model's directory says, or mean.")
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file to classify; repeatable.")] = None,
+    resident: Annotated[bool, typer.Option("--resident", help="Plain transformers, all weights in memory.")] = False,
+    sequential: Annotated[bool, typer.Option("--sequential", help="Load and compute in turns.")] = False,
+    agents: Annotated[int | None, typer.Option(min=1, help="Loading Agents; else the planner's choice.")] = None,
+    granularity: Annotated[str | None, typer.Option(help="leaf, half or layer; else the planner's choice.")] = None,
+    resident_bytes: Annotated[
+        str | None, typer.Option(help="Weights kept between passes; 0 streams every block; else all that fit.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as stored.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of sampling.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Profile to plan with; else the stored one.")] = None,
+    task: Annotated[str | None, typer.Option(help="As transformers names it; else from the configuration.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow model code that comes with the checkpoint.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of all agents to this file.")] = None,
+) -> None:
+    """Run a model inside a memory budget: generate text, embed texts, or classify images."""
+    options: dict[str, Any] = {
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    _check_sampling(options)
+    budget_bytes = _budget(budget, resident=resident)
+    choices: dict[str, Any] = {
+        "num_agents": agents,
+        "granularity": _granularity(granularity),
+        "resident_bytes": _resident_bytes(resident_bytes),
+        "sequential": sequential,
+        "profile": profile,
+    }
+    if trace is not None and (resident or not trace.parent.is_dir()):
+        raise InputError(
+            "--trace needs the engine, which --resident does without"
+            if resident
+            else f"--trace {trace}: no such directory; make it first"
+        )
+    directory = resolve_model(model, revision=revision)
+    if directory.is_dir():
+        open_checkpoint(directory)  # a broken one is said at once
+    if not resident:
+        keep_heap_tight()  # before torch brings threads and buffers
+
+    def generate(max_new_tokens: int) -> "GenerateOptions":
+        from hermes.tasks.text_generation import GenerateOptions
+
+        return GenerateOptions(max_new_tokens=max_new_tokens, **options)
+
+    job = make_job(
+        directory,
+        Inputs(prompts=prompt or (), texts=text or (), images=image or ()),
+        task=task,
+        generate=generate,
+        max_new_tokens=max_new_tokens,
+        pool=pool,
+        trust_remote_code=trust_remote_code,
+    )
+    if budget_bytes is None:
+        outcome = run_resident(model, directory, job, dtype, trust_remote_code, quiet=json_output)
+    else:
+        from hermes.api import open_session
+        from hermes.report.progress import import_terminal
+
+        import_terminal()
+        prepared, session = open_session(
+            directory,
+            budget_bytes=budget_bytes,
+            workload=job.workload,
+            task=job.task,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            record=trace is not None,
+            **choices,
+        )
+        with session:
+            outcome = run_streamed(model, prepared.module, session, job, quiet=json_output)
+            if trace is not None:
+                from hermes.report.trace import write_trace
+
+                write_trace(session.stats, trace)
+    if json_output:
+        print(json.dumps(outcome.document()))
+    else:
+        print(*outcome.summary(), sep="\n", file=sys.stderr)
+    if budget_bytes is not None and outcome.peak_bytes > budget_bytes:
+        print(
+            f"warning: peak {format_bytes(outcome.peak_bytes)} exceeded the budget of {format_bytes(budget_bytes)}",
+            file=sys.stderr,
+        )
+
+
+def _budget(budget: str | None, *, resident: bool) -> int | None:
+    """Bytes; None is no engine and no bound."""
+    if budget is None and not resident:
+        raise BudgetError("run needs --budget (as 700MiB), or --resident to hold all weights in memory")
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    return None if resident else budget_bytes
+
+
+def _granularity(granularity: str | None) -> str | None:
+    if granularity not in (None, "leaf", "half", "layer"):
+        raise InputError(f"unknown granularity {granularity!r}; choose leaf, half or layer")
+    return granularity
+
+
+def _resident_bytes(text: str | None) -> int | None:
+    """A size; 0 is one here."""
+    if text is None:
+        return None
+    return 0 if re.fullmatch(r"\s*0+\s*[A-Za-z]*", text) else parse_bytes(text)
+
+
+def _check_sampling(options: dict[str, Any]) -> None:
+    given = [name for name in ("temperature", "top_k", "top_p") if options[name] is not None]
+    if given and not options["do_sample"]:
+        names = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise InputError(f"{names} changes nothing without --do-sample")
+    for name in ("temperature", "repetition_penalty"):
+        value = options[name]
+        if value is not None and not value > 0:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")

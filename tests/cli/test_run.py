@@ -1,0 +1,262 @@
+"""`hermes run` as a user types it, in a process of its own; where many bad inputs are tried, in this one."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from hermes.checkpoint.synth import synth
+
+KEYS = [
+    "model", "task", "outputs", "budget_bytes", "floor_bytes", "peak_bytes", "load_seconds", "seconds",
+    "first_output_seconds", "seconds_per_pass", "passes", "bytes_read", "stall_seconds", "predicted_seconds",
+    "predicted_peak_bytes", "plan",
+]  # fmt: skip
+ENOUGH = "2GiB"
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Path:
+    return synth("tiny-gpt2", tmp_path_factory.mktemp("run") / "gpt2")
+
+
+@pytest.fixture
+def copy(gpt2, tmp_path) -> Path:
+    """A checkpoint to spoil."""
+    return Path(shutil.copytree(gpt2, tmp_path / "copy"))
+
+
+@pytest.fixture
+def invoke(monkeypatch):
+    """Run in this process. Its settings of logging end with the test."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    log, loud = logging.getLogger("hermes"), logging.getLogger("transformers.modeling_utils")
+    before = log.handlers, log.level, log.propagate, loud.level
+
+    def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        from hermes.cli.app import app
+
+        result = CliRunner().invoke(app, ["run", *map(str, arguments)], input=stdin)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+    yield run
+    log.handlers, log.level, log.propagate, loud.level = before
+
+
+def hermes(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hermes", "run", *map(str, arguments)],
+        input=stdin, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> None:
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2, lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0]), lines[0]
+
+
+def test_json_streamed_and_resident(gpt2, tmp_path, invoke):
+    common = (gpt2, "--prompt", "Hello", "--prompt", "Good day", "--max-new-tokens", "6", "--json")
+    streamed = hermes(*common, "--budget", ENOUGH, "--resident-bytes", "0", "--trace", tmp_path / "trace.json")
+    assert streamed.returncode == 0, streamed.stderr
+    assert streamed.stderr == ""
+    record = json.loads(streamed.stdout)
+    assert list(record) == KEYS
+    assert record["task"] == "text-generation"
+    assert [output["prompt"] for output in record["outputs"]] == ["Hello", "Good day"]
+    assert record["passes"] == 6
+    assert record["budget_bytes"] == 2 << 30
+    assert record["floor_bytes"] < record["peak_bytes"] < record["budget_bytes"]
+    assert 0 < record["first_output_seconds"] < record["seconds"]
+    assert record["plan"]["resident_bytes"] == 0
+    assert record["plan"]["num_blocks"] > 1
+    assert "resident" not in record["plan"]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    tracks = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert "inference" in tracks
+    assert len(tracks) > 1
+
+    resident = invoke(*common, "--resident")
+    assert resident.returncode == 0, resident.stderr
+    yardstick = json.loads(resident.stdout)
+    assert list(yardstick) == KEYS
+    assert yardstick["outputs"] == record["outputs"]
+    assert yardstick["passes"] == 6
+    assert yardstick["plan"] is None
+
+
+def test_smallest_budget_in_the_message_works(gpt2):
+    common = (gpt2, "--prompt", "Hello", "--max-new-tokens", "3")
+    refused = hermes(*common, "--budget", "100MiB")
+    assert_refused(refused, r"try --budget \d+MiB")
+    minimum = re.search(r"--budget (\d+MiB)", refused.stderr)[1]
+    accepted = hermes(*common, "--budget", minimum)
+    assert accepted.returncode == 0, accepted.stderr
+    assert accepted.stdout.strip()
+    assert "exceeded" not in accepted.stderr
+    plan, memory, time = accepted.stderr.splitlines()
+    assert (plan.split()[0], memory.split()[0], time.split()[0]) == ("plan", "memory", "time")
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    """A run that has said its first text."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hermes", "run", *map(str, arguments)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.read(1)
+    return process
+
+
+def test_interrupt(gpt2):
+    process = start(
+        gpt2, "--prompt", "Hi", "--max-new-tokens", "120", "--budget", ENOUGH, "--repetition-penalty", "2.0"
+    )
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr == "interrupted\n"
+
+
+def test_a_file_that_changes_while_running(copy, invoke, monkeypatch):
+    from hermes.tasks.streaming import BatchStreamer
+
+    monkeypatch.setattr(BatchStreamer, "put", lambda *_: os.truncate(copy / "model.safetensors", 1000))
+    result = invoke(copy, "--prompt", "Hi", "--max-new-tokens", "9", "--budget", "8GiB", "--resident-bytes", "0")
+    assert_refused(result, r"model\.safetensors")
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away(gpt2):
+    process = start(
+        gpt2, "--prompt", "Hi", "--max-new-tokens", "120", "--budget", ENOUGH, "--repetition-penalty", "2.0"
+    )
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_images_and_texts(tmp_path, invoke):
+    vit, bert = synth("tiny-vit", tmp_path / "vit"), synth("tiny-bert", tmp_path / "bert")
+    image = pytest.importorskip("PIL.Image").linear_gradient("L")
+    image.save(tmp_path / "a.png")
+    for arguments in ((vit, "--image", tmp_path / "a.png"), (bert, "--text", "one", "--text", "two", "--pool", "cls")):
+        streamed, resident = (
+            invoke(*arguments, "--budget", "8GiB", "--json"),
+            invoke(*arguments, "--resident", "--json"),
+        )
+        assert json.loads(streamed.stdout)["outputs"] == json.loads(resident.stdout)["outputs"]
+    people = invoke(vit, "--image", tmp_path / "a.png", "--budget", "8GiB")
+    assert re.fullmatch(r".*a\.png: LABEL_\d [\d.]+%.*\n", people.stdout)
+
+
+def test_standard_input_is_a_prompt(gpt2, invoke):
+    piped = invoke(gpt2, "--budget", "8GiB", "--max-new-tokens", "2", "--json", stdin="Hello\n")
+    assert json.loads(piped.stdout)["outputs"][0]["prompt"] == "Hello"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "x"], r"run needs --budget .*or --resident"),
+        (["--prompt", "x", "--budget", "much"], "cannot read 'much' as a size"),
+        (["--prompt", "x", "--budget", "-1"], "cannot read '-1' as a size"),
+        (["--budget", ENOUGH, "--prompt", "x", "--text", "y"], "--prompt and --text do not go together"),
+        (["--budget", ENOUGH, "--image", "x.png"], "takes --prompt"),
+        (["--budget", ENOUGH, "--prompt", "x", "--task", "dreaming"], "unknown task 'dreaming'"),
+        (["--budget", ENOUGH, "--prompt", "x", "--granularity", "atom"], "unknown granularity 'atom'"),
+        (["--budget", ENOUGH, "--prompt", "x", "--resident-bytes", "none"], "cannot read 'none' as a size"),
+        (["--budget", ENOUGH, "--prompt", "x", "--temperature", "0.5"], "--temperature changes nothing without"),
+        (["--budget", ENOUGH, "--prompt", "x", "--do-sample", "--temperature", "0"], "must be above 0"),
+        (["--budget", ENOUGH, "--prompt", "x", "--trace", "/nowhere/at/all.json"], "no such directory"),
+        (["--resident", "--prompt", "x", "--trace", "t.json"], "--trace needs the engine"),
+        (["--budget", ENOUGH], "empty"),
+        (["--budget", ENOUGH, "--prompt", "x" * 129], "129 tokens long.*context of 128"),
+        (["--budget", ENOUGH, "--prompt", "x", "--max-new-tokens", "128"], "1 tokens.* 128 new .*--max-new-tokens 127"),
+        (["--budget", ENOUGH, "--prompt", "x", "--dtype", "float7"], "unknown dtype 'float7'"),
+        (["--budget", ENOUGH, "--text", "x", "--pool", "median"], "unknown pool 'median'"),
+        (["--budget", "1MiB", "--prompt", "x"], r"too small.*try --budget \d+MiB"),
+    ],
+)
+def test_bad_options(gpt2, invoke, arguments, message):
+    assert_refused(invoke(gpt2, *arguments), message)
+
+
+def spoil(directory: Path, how: str) -> None:
+    weights, config = directory / "model.safetensors", directory / "config.json"
+    match how:
+        case "absent":
+            shutil.rmtree(directory)
+        case "no weights":
+            weights.unlink()
+        case "truncated":
+            os.truncate(weights, weights.stat().st_size // 2)
+        case "corrupt header":
+            weights.write_bytes(weights.read_bytes()[:8] + b"]" * 100)
+        case "huge header":
+            weights.write_bytes(b"\xff" * 7 + b"\x7f" + weights.read_bytes()[8:])
+        case "no configuration":
+            config.unlink()
+        case "unknown architecture":
+            config.write_text(json.dumps({"architectures": ["DreamForCausalLM"], "model_type": "dream-on"}))
+        case "other shapes":
+            config.write_text(json.dumps(json.loads(config.read_bytes()) | {"n_embd": 32, "n_inner": 256}))
+        case "no tokenizer":
+            for path in directory.glob("tokenizer*"):
+                path.unlink()
+        case "missing shard":
+            tensors = load_file(weights)
+            names = sorted(tensors)
+            save_file({name: tensors[name] for name in names[:5]}, directory / "model-00001-of-00002.safetensors")
+            weight_map = {name: f"model-0000{1 if name in names[:5] else 2}-of-00002.safetensors" for name in names}
+            index = {"metadata": {}, "weight_map": weight_map}
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+            weights.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("absent", "no such file or directory"),
+        ("no weights", "no weights"),
+        ("truncated", r"model\.safetensors"),
+        ("corrupt header", r"model\.safetensors"),
+        ("huge header", r"model\.safetensors"),
+        ("missing shard", "model-00002-of-00002"),
+        ("no configuration", r"config\.json"),
+        ("no tokenizer", "no tokenizer"),
+        ("unknown architecture", "dream-on"),
+        ("other shapes", r"config says \[96\], checkpoint has \[192\]"),
+    ],
+)
+def test_bad_checkpoints(copy, invoke, how, message):
+    spoil(copy, how)
+    assert_refused(invoke(copy, "--budget", "8GiB", "--prompt", "x", "--max-new-tokens", "2"), message)
+
+
+def test_bad_image(tmp_path, invoke):
+    directory = synth("tiny-vit", tmp_path / "vit")
+    (tmp_path / "not.png").write_text("no")
+    assert_refused(invoke(directory, "--budget", ENOUGH, "--image", tmp_path / "not.png"), r"not\.png: not an image")
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from hermes.cli.app import app; import hermes; hermes.__all__; "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,173 @@
+"""The world turns out tighter than planned: resident weights are given back, the bytes stay right, the ledger sinks."""
+
+import mmap
+import random
+
+import pytest
+
+from hermes.engine.daemon import REFAULT_STEP_BYTES, REFAULTS_PER_SECOND, MemorySample, bytes_to_give_back
+from hermes.errors import BudgetError
+
+NUM_BLOCKS = 5
+PARTLY = [{0}, (), {1, 2}, {0, 1}, ()]
+EVERYTHING = [{0, 1}, {0}, {0, 1, 2}, {0, 1, 2}, {0}]
+LIMIT = 1 << 30
+
+
+class Process:
+    """Real memory as the test would have it: what is reserved, and something that grows."""
+
+    def __init__(self, monkeypatch):
+        self.ledger = None
+        self.others = 0
+        monkeypatch.setattr("hermes.engine.engine.resident_bytes", self)
+
+    def __call__(self):
+        return self.others + (self.ledger.accounts.get("resident", 0) if self.ledger is not None else 0)
+
+    def watch(self, run, *, over=0):
+        """From now on the process holds `over` more than its limit."""
+        self.ledger = run.ledger
+        self.others = LIMIT + over - run.ledger.accounts["resident"]
+
+
+@pytest.fixture
+def process(monkeypatch):
+    return Process(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("sample", "expected"),
+    [
+        (MemorySample(resident_bytes=100, limit_bytes=100), 0),
+        (MemorySample(resident_bytes=101, limit_bytes=100), 1),
+        (MemorySample(resident_bytes=0, limit_bytes=100, refaults_per_second=REFAULTS_PER_SECOND), 0),
+        (MemorySample(resident_bytes=0, limit_bytes=100, refaults_per_second=501), REFAULT_STEP_BYTES),
+        (MemorySample(resident_bytes=130, limit_bytes=100, refaults_per_second=1e6), 30),
+    ],
+)
+def test_how_much_to_give_back(sample, expected):
+    assert bytes_to_give_back(sample) == expected
+
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "sequential"])
+@pytest.mark.parametrize("resident", [PARTLY, EVERYTHING], ids=["partly", "everything"])
+def test_weights_go_back_step_by_step_and_every_byte_stays_right(bench, unwatched, process, resident, ahead):
+    run = bench(resident=resident, ahead=ahead, limit_bytes=LIMIT)
+    run.engine.start()
+    run.check_pass()
+    planned = run.ledger.accounts["resident"]
+    stats = run.engine.stats
+    evicted = [0]
+    while evicted[-1] < planned // 2:
+        process.watch(run, over=5000)
+        run.check_pass()  # at its end they are chosen,
+        run.check_pass()  # and those that were in use are gone after one pass more
+        assert stats.evicted_bytes >= evicted[-1] + 5000
+        assert run.ledger.accounts["resident"] == planned - stats.evicted_bytes
+        assert process() <= LIMIT
+        evicted.append(stats.evicted_bytes)
+    for _ in range(2):
+        run.check_pass()
+    assert stats.evicted_bytes == evicted[-1]
+    assert len(run.engine.store.view) >= planned
+
+
+def test_the_pages_really_go(bench, unwatched, process):
+    run = bench(resident=EVERYTHING, ahead=False, limit_bytes=LIMIT)
+    run.engine.start()
+    for block in range(NUM_BLOCKS):
+        for place, content in zip(run.check(block), run.expected[block], strict=True):
+            assert place.resident or not content
+    before = bytes(run.engine.store.view)
+    process.watch(run, over=20_000)
+    run.engine.end_pass()
+    after = bytes(run.engine.store.view)
+    gone = sum(
+        1
+        for page in range(0, len(before), mmap.PAGESIZE)
+        if any(before[page : page + mmap.PAGESIZE]) and not any(after[page : page + mmap.PAGESIZE])
+    )
+    assert gone * mmap.PAGESIZE >= 20_000 - 2 * mmap.PAGESIZE
+    assert run.engine.stats.evicted_bytes >= 20_000
+    run.check_pass()
+
+
+def test_what_is_pinned_stays(bench, unwatched, process):
+    run = bench(resident=EVERYTHING, limit_bytes=LIMIT)
+    places = run.engine.start()
+    run.check_pass()
+    for _ in range(30):
+        process.watch(run, over=1)
+        run.check_pass()
+    contents = zip(places, run.pinned_expected, strict=True)
+    assert [run.at(place, len(content)) for place, content in contents] == run.pinned_expected
+
+
+def test_the_daemon_gives_back_while_blocks_are_computed(bench, monkeypatch, process, eventually):
+    monkeypatch.setattr("hermes.engine.engine.WATCH_SECONDS", 0.0005)
+    random_ = random.Random(5)
+    run = bench(resident=EVERYTHING, window=1.2, num_agents=3, limit_bytes=LIMIT)
+    run.engine.start()
+    for step in range(60):
+        if step % 6 == 5 and run.ledger.accounts["resident"] > 60_000:
+            before = run.engine.stats.evicted_bytes
+            process.watch(run, over=1)
+            eventually(lambda before=before: run.engine.stats.evicted_bytes > before)
+        run.check(random_.randrange(NUM_BLOCKS))
+    assert run.engine.stats.evicted_bytes > 0
+    run.check_pass()
+
+
+def test_a_process_beyond_its_budget_is_refused_with_what_it_needs(bench, unwatched, process):
+    run = bench(resident=PARTLY, limit_bytes=LIMIT, budget_bytes=LIMIT + 4096)
+    run.engine.start()
+    run.check_pass()
+    process.watch(run, over=10 * 2**20)
+    run.engine.begin_pass()
+    with pytest.raises(BudgetError, match=r"no weights left to give back.*try --budget \d+MiB") as refusal:
+        run.engine.end_pass()
+    assert refusal.value.minimum_bytes >= LIMIT + 9 * 2**20
+    for _ in range(2):
+        for block in range(NUM_BLOCKS):
+            run.check(block)
+    # Everything that could go has gone, and the ledger says so.
+    assert run.ledger.accounts["resident"] == sum(load.slot_bytes for load in run.pinned)
+
+
+def test_the_daemons_refusal_keeps_its_number(bench, monkeypatch, process, eventually):
+    monkeypatch.setattr("hermes.engine.engine.WATCH_SECONDS", 0.001)
+    run = bench(limit_bytes=LIMIT, budget_bytes=LIMIT)
+    run.engine.start()
+    run.check(0)
+    process.watch(run, over=2**20)
+    eventually(lambda: not run.engine._daemon.is_alive())
+    with pytest.raises(BudgetError, match="try --budget") as refusal:
+        run.engine.want(1)
+    assert refusal.value.minimum_bytes > LIMIT
+
+
+def test_thrash_gives_back_a_step_at_a_time(bench, monkeypatch, process, eventually):
+    """Refaults of the cgroup, counted by a script: far more than a few per look."""
+
+    class Group:
+        count = 0
+        limit_bytes = LIMIT
+
+        def refaults(self):
+            self.count += 10**6
+            return self.count
+
+    monkeypatch.setattr("hermes.engine.engine.find_cgroup", Group)
+    monkeypatch.setattr("hermes.engine.engine.WATCH_SECONDS", 0.001)
+    run = bench(resident=EVERYTHING, limit_bytes=LIMIT, record=True)
+    planned = run.ledger.accounts["resident"]
+    run.engine.start()
+    for _ in range(3):
+        run.check_pass()
+    eventually(lambda: run.engine.stats.evicted_bytes > 0)
+    for _ in range(3):
+        run.check_pass()
+    assert run.engine.stats.memory
+    run.engine.close()
+    assert run.ledger.accounts["resident"] == planned - run.engine.stats.evicted_bytes

@@ -1,0 +1,146 @@
+"""`hermes.stream`: any module, any state-dict file, whatever its control flow."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+
+import hermes
+from hermes.memory.probe import resident_bytes
+
+MIB = 2**20
+
+
+class Winding(nn.Module):
+    """Takes a path that depends on its input, loops over one layer, and shares a weight past its own module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(500, 64)
+        self.scale = nn.Parameter(torch.ones(64))
+        self.left = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+        self.right = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+        self.loop = nn.Linear(64, 64)
+        self.register_buffer("shift", torch.zeros(64))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) * self.scale + self.shift
+        for _ in range(int(ids.max()) % 4 + 1):
+            x = torch.tanh(self.loop(x))
+            x = self.left(x) if x.sum() > 0 else self.right(x)
+        return functional.linear(x, self.embed.weight)
+
+
+class Straight(nn.Module):
+    """Attention whose projection weights are used by the module around them, convolutions, running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 3, padding=1)
+        self.norm = nn.BatchNorm2d(32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.head = nn.Linear(32, 1000)
+
+    def forward(self, pixels: torch.Tensor, *, flip: bool = False) -> torch.Tensor:
+        x = functional.relu(self.norm(self.conv(pixels.flip(-1) if flip else pixels)))
+        x = x.flatten(2).transpose(1, 2)
+        x, _ = self.attention(x, x, x)
+        return self.head(x.mean(1))
+
+
+def seeded(cls: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(3)
+    module = cls().eval()
+    for tensor in [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]:
+        nn.init.uniform_(tensor, 0.01, 0.2)
+    return module
+
+
+def saved(module: nn.Module, path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(module.state_dict(), path)
+    else:
+        torch.save(module.state_dict(), path)
+    return path
+
+
+def budget() -> int:
+    return resident_bytes() + 300 * MIB
+
+
+PIXELS = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)
+INPUTS = [torch.tensor([[1, 2, 3]]), torch.tensor([[499, 7, 2]]), torch.tensor([[8, 8, 6]]), torch.tensor([[1, 2, 3]])]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin"])
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_control_flow_that_depends_on_values(tmp_path: Path, suffix: str, on_meta: bool) -> None:
+    module = seeded(Winding)
+    path = saved(module, tmp_path / f"w{suffix}")
+    with torch.no_grad():
+        expected = [module(ids) for ids in INPUTS]
+        with torch.device("meta" if on_meta else "cpu"):
+            net = Winding()
+        with hermes.stream(net, path, budget(), resident_bytes=0) as streamed:
+            assert isinstance(streamed, Winding)
+            for _ in range(2):
+                for ids, answer in zip(INPUTS, expected, strict=True):
+                    assert torch.equal(streamed(ids), answer)
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_attention_convolution_and_buffers(tmp_path: Path, example: bool) -> None:
+    module = seeded(Straight)
+    path = saved(module, tmp_path / "w.safetensors")
+    options: dict[str, Any] = {"example_args": (PIXELS,), "example_kwargs": {"flip": True}} if example else {}
+    with torch.no_grad(), torch.device("meta"):
+        net = Straight()
+    with torch.no_grad(), hermes.stream(net, path, budget(), resident_bytes=0, **options) as streamed:
+        for flip in (True, False):
+            assert torch.equal(streamed(PIXELS, flip=flip), module(PIXELS, flip=flip))
+
+
+def test_inference_mode_and_gradients_of_inputs(tmp_path: Path) -> None:
+    module = seeded(Straight)
+    path = saved(module, tmp_path / "w.safetensors")
+    expected = module(PIXELS).detach()
+    with hermes.stream(seeded(Straight), path, budget(), resident_bytes=0, example_args=(PIXELS,)) as streamed:
+        with torch.inference_mode():
+            assert torch.equal(streamed(PIXELS), expected)
+        assert torch.equal(streamed(PIXELS), expected)
+
+
+def test_twice_in_one_process_and_after_close(tmp_path: Path) -> None:
+    module = seeded(Straight)
+    path = saved(module, tmp_path / "w.safetensors")
+    with torch.no_grad():
+        expected = module(PIXELS)
+        first = hermes.stream(seeded(Straight), path, budget(), resident_bytes=0)
+        second = hermes.stream(seeded(Straight), path, budget())
+        assert torch.equal(first(PIXELS), expected)
+        assert torch.equal(second(PIXELS), expected)
+        first.hermes.close()
+        first.hermes.close()
+        assert torch.equal(second(PIXELS), expected)
+        second.hermes.close()
+        with pytest.raises((hermes.EngineError, NotImplementedError, RuntimeError)):
+            first(PIXELS)
+
+
+def test_an_exception_in_forward_leaves_it_usable(tmp_path: Path) -> None:
+    module = seeded(Straight)
+    path = saved(module, tmp_path / "w.safetensors")
+    with torch.no_grad(), hermes.stream(seeded(Straight), path, budget(), resident_bytes=0) as streamed:
+        with pytest.raises(RuntimeError):
+            streamed(torch.zeros(1, 5, 8, 8))
+        assert torch.equal(streamed(PIXELS), module(PIXELS))
+
+
+def test_wrong_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = saved(seeded(Straight), tmp_path / "w.safetensors")
+    with pytest.raises(hermes.ModelError, match="lacks"):
+        hermes.stream(seeded(Winding), path, budget())
