@@ -314,8 +314,8 @@ def _start(
 
 
 def _stored_profile(prepared: Prepared, path: str | Path | None) -> Profile | None:
-    """The profile to plan with: the one named must be right; the stored one is left out, with a warning, if it is not."""
-    stored = profile_path(prepared.source, prepared.dtype)
+    """The profile to plan with: the one named must be right; the stored one is left out, with a warning, if not."""
+    stored = profile_path(prepared.source, prepared.model_class, prepared.dtype)
     if path is None and not stored.exists():
         return None
     try:
@@ -323,6 +323,7 @@ def _stored_profile(prepared: Prepared, path: str | Path | None) -> Profile | No
             Path(path or stored),
             checkpoint=prepared.checkpoint.fingerprint(),
             machine=machine_record(prepared.checkpoint.files[0].path, torch.get_num_threads()),
+            model_class=prepared.model_class,
             dtype=prepared.dtype,
         )
     except ProfileError as error:

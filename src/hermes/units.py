@@ -31,7 +31,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(nbytes: float) -> str:
-    """"412 MiB", "1.39 GiB": three digits or so, binary units."""
+    """Three digits or so, binary units: "412 MiB", "1.39 GiB"."""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024 or unit == "GiB":
@@ -41,14 +41,14 @@ def format_bytes(nbytes: float) -> str:
 
 
 def format_rate(bytes_per_second: float) -> str:
-    """"1.42 GB/s", "950 MB/s": decimal, as disks are sold."""
+    """Decimal, as disks are sold: "1.42 GB/s", "950 MB/s"."""
     if bytes_per_second >= 1e9:
         return f"{bytes_per_second / 1e9:.2f} GB/s"
     return f"{bytes_per_second / 1e6:.0f} MB/s"
 
 
 def format_seconds(seconds: float) -> str:
-    """"12.3 s", "45 ms", "2 min 03 s"."""
+    """As one would say it: "12.3 s", "45 ms", "2 min 03 s"."""
     if seconds >= 100:
         return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -27,7 +27,7 @@ def test_a_profile_is_shown_stored_and_used(model, capsys, tmp_path):
     shown = capsys.readouterr().out
     for word in ("3 x transformer.h.*", "lm_head", "by 1", "by 4", "Disk, past the page cache", "floor"):
         assert word in shown
-    stored = profile_path(model, "float32")
+    stored = profile_path(model, "GPT2LMHeadModel", "float32")
     record = json.loads(stored.read_text())
     assert json.loads((tmp_path / "copy.json").read_text()) == record
     assert record["measured"]

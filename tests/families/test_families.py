@@ -28,61 +28,58 @@ class Family:
     generates: bool = False
 
 
-LLAMA = {
-    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 128, "max_position_embeddings": 128, **TEXT,
-}  # fmt: skip
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TALL = {**SMALL, "num_hidden_layers": 3}
+TINY_IMAGE = {"image_size": 32, "patch_size": 8}
+LLAMA = {**TALL, "num_key_value_heads": 2, "max_position_embeddings": 128, **TEXT}
+GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, **TEXT}
+EXPERTS = {
+    "num_experts": 4,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "num_experts_per_tok": 2,
+}
+SPEECH = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "num_mel_bins": 16,
+    "max_source_positions": 50,
+    "max_target_positions": 64,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "decoder_start_token_id": 1,
+}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 FAMILIES = {
-    "bert": Family(
-        hf.BertModel, hf.BertConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, **TEXT)
-    ),
-    "bert-mlm": Family(
-        hf.BertForMaskedLM,
-        hf.BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, **TEXT),
-    ),
-    "vit": Family(
-        hf.ViTForImageClassification,
-        hf.ViTConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8),
-        {"pixel_values": PIXELS},
-    ),
-    "gpt2": Family(hf.GPT2LMHeadModel, hf.GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=128, **TEXT), generates=True),
-    "gpt-j": Family(
-        hf.GPTJForCausalLM, hf.GPTJConfig(n_embd=64, n_layer=3, n_head=4, rotary_dim=8, n_positions=128, **TEXT), generates=True
-    ),
+    "bert": Family(hf.BertModel, hf.BertConfig(**TALL, **TEXT)),
+    "bert-mlm": Family(hf.BertForMaskedLM, hf.BertConfig(**SMALL, **TEXT)),
+    "vit": Family(hf.ViTForImageClassification, hf.ViTConfig(**TALL, **TINY_IMAGE), {"pixel_values": PIXELS}),
+    "gpt2": Family(hf.GPT2LMHeadModel, hf.GPT2Config(**GPT), generates=True),
+    "gpt-j": Family(hf.GPTJForCausalLM, hf.GPTJConfig(**GPT, rotary_dim=8), generates=True),
     "llama": Family(hf.LlamaForCausalLM, hf.LlamaConfig(**LLAMA), generates=True),
     "qwen2": Family(hf.Qwen2ForCausalLM, hf.Qwen2Config(**LLAMA, tie_word_embeddings=True), generates=True),
     "qwen3": Family(hf.Qwen3ForCausalLM, hf.Qwen3Config(**LLAMA, head_dim=16), generates=True),
     "mixtral": Family(hf.MixtralForCausalLM, hf.MixtralConfig(**LLAMA, num_local_experts=4), generates=True),
-    "qwen2-moe": Family(
-        hf.Qwen2MoeForCausalLM,
-        hf.Qwen2MoeConfig(**LLAMA, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=48, num_experts_per_tok=2),
-        generates=True,
-    ),
+    "qwen2-moe": Family(hf.Qwen2MoeForCausalLM, hf.Qwen2MoeConfig(**LLAMA, **EXPERTS), generates=True),
     "t5": Family(
         hf.T5ForConditionalGeneration,
-        hf.T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=300, decoder_start_token_id=0),
+        hf.T5Config(**T5, vocab_size=300, decoder_start_token_id=0),
         {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]},
         generates=True,
     ),
     "whisper": Family(
         hf.WhisperForConditionalGeneration,
-        hf.WhisperConfig(
-            d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-            encoder_ffn_dim=128, decoder_ffn_dim=128, num_mel_bins=16, max_source_positions=50, max_target_positions=64,
-            suppress_tokens=[], begin_suppress_tokens=[], decoder_start_token_id=1, **TEXT,
-        ),
+        hf.WhisperConfig(**SPEECH, **TEXT),
         {"input_features": torch.linspace(-1, 1, 16 * 100).view(1, 16, 100), "decoder_input_ids": IDS[:, :3]},
     ),
     "clip": Family(
         hf.CLIPModel,
-        hf.CLIPConfig(
-            text_config={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, **TEXT},
-            vision_config={
-                "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-                "image_size": 32, "patch_size": 8,
-            },
-            projection_dim=32,
-        ),
+        hf.CLIPConfig(text_config={**SMALL, **TEXT}, vision_config={**SMALL, **TINY_IMAGE}, projection_dim=32),
         {"input_ids": IDS, "pixel_values": PIXELS},
     ),
     "resnet": Family(
@@ -90,7 +87,7 @@ FAMILIES = {
         hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic"),
         {"pixel_values": PIXELS},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +127,13 @@ def test_streamed_is_resident(name: str, dtype: torch.dtype, checkpoints: dict[s
         resident = family.model.from_pretrained(path, dtype=dtype)
         expected = bits(resident(**inputs))
         with hermes.load(
-            path, budget=budget(), auto_class=family.model, dtype=dtype, sequence_length=8, max_new_tokens=8, resident_bytes=0
+            path,
+            budget=budget(),
+            auto_class=family.model,
+            dtype=dtype,
+            sequence_length=8,
+            max_new_tokens=8,
+            resident_bytes=0,
         ) as model:
             for _ in range(3):
                 got = bits(model(**inputs))
@@ -182,7 +185,9 @@ def test_head_cut_by_rows(name: str, checkpoints: dict[str, Path]) -> None:
 
 
 def test_layers_run_in_the_order_found_by_the_trace(checkpoints: dict[str, Path]) -> None:
-    with hermes.load(checkpoints["llama"], budget=budget(), resident_bytes=0, record=True, granularity="layer") as model:
+    with hermes.load(
+        checkpoints["llama"], budget=budget(), resident_bytes=0, record=True, granularity="layer"
+    ) as model:
         with torch.no_grad():
             model(input_ids=IDS)
             model(input_ids=IDS)

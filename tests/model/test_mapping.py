@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import conversion_mapping
+from transformers import conversion_mapping, initialization
 from transformers import core_model_loading as loading
 
 from hermes.checkpoint.open import open_checkpoint
@@ -229,7 +229,7 @@ def test_tied_weights_stored_twice(llama):
 
     directory = llama(change, tie_word_embeddings=True)
     config = transformers.LlamaConfig.from_pretrained(directory)
-    with torch.device("meta"), transformers.initialization.no_tie_weights():
+    with torch.device("meta"), initialization.no_tie_weights():
         model = transformers.LlamaForCausalLM(config)
     twice = map_weights(model, open_checkpoint(directory))
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= twice.sources.keys()

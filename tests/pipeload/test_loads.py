@@ -111,9 +111,7 @@ def test_plain_bytes_arrive_once_and_in_place(extents, alignment, pieces, addres
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    extents=extents_of(3), alignment=st.sampled_from([1, 512, 4096]), pieces=st.integers(1, 4), widens=st.booleans()
-)
+@given(extents=extents_of(3), alignment=st.sampled_from([1, 512, 4096]), pieces=st.integers(1, 4), widens=st.booleans())
 def test_decoded_bytes_arrive_once_and_in_place(extents, alignment, pieces, widens):
     piece_bytes = pieces * max(alignment, 512)
     extents = [Extent(file=e.file, offset=e.offset, nbytes=e.nbytes // 2 * 2) for e in extents]

@@ -44,8 +44,10 @@ class World:
         for order in orders:
             if isinstance(order, Discard):
                 self.leaving.remove((order.block, order.load))
-                assert self.granted is None or self.granted.block != order.block or (
-                    self.granted.offsets[order.load] is not None
+                assert (
+                    self.granted is None
+                    or self.granted.block != order.block
+                    or (self.granted.offsets[order.load] is not None)
                 )
                 under_way = [(o.block, o.load) for o in self.under_way if o.offset is None]
                 assert (order.block, order.load) not in under_way

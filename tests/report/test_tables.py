@@ -55,6 +55,7 @@ def profile():
         machine=MachineRecord(
             cpu="a", num_cores=2, num_threads=2, memory_bytes=1, torch="2", transformers="5", file_system="1"
         ),
+        model_class="M",
         dtype="float32",
         batch_size=1,
         sequence_length=128,

@@ -50,7 +50,7 @@ def profile(
         task=task,
         trust_remote_code=trust_remote_code,
     )
-    path = profile_path(source, measured.dtype)
+    path = profile_path(source, measured.model_class, measured.dtype)
     try:
         save_profile(measured, path)
         if json_file not in (None, "-"):

@@ -33,7 +33,7 @@ class Ticket:
 
 
 class LoadingAgents:
-    """`num_agents` threads that share one queue of pieces, so that several fetch one block together (PIPELOAD, stage 2).
+    """`num_agents` threads that share one queue of pieces, so that several fetch one block together (PIPELOAD stage 2).
 
     Blocking: `submit` never blocks; `close` waits for the reads under way. An error stops the agent, is given to
     `on_error`, and nothing more is read.
@@ -68,7 +68,7 @@ class LoadingAgents:
         """Queue every piece of the tickets, in order; urgent ones before all that is queued. Dropped once closed."""
         pairs: list[tuple[Ticket, Piece | None]] = []
         for ticket in tickets:
-            parts = ticket.load.pieces or (None,)  # nothing to read for an empty tensor, but somebody must say it is done
+            parts = ticket.load.pieces or (None,)  # an empty tensor needs no read, but somebody must say it is done
             ticket.left = len(parts)
             pairs += [(ticket, part) for part in parts]
         with self._work:

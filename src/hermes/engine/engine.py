@@ -2,7 +2,8 @@
 
 **Threads and locks.** The Inference Agent is whoever calls `want` and `end_pass`: one thread at a time. Loading Agents
 call `fetched` of a ticket; the Daemon Agent runs `_watch`. `_lock` guards the state machine, the ledger and the
-statistics; it is never held over a read or a computation. The agents' own queue lock is taken inside it, never the other way round.
+statistics; it is never held over a read or a computation. The agents' own queue lock is taken inside it, never the
+other way round.
 """
 
 import copy
@@ -174,7 +175,9 @@ class Engine:
                     self._ready.notify_all()
 
         tickets = [
-            Ticket(load=load, slot=slot,
+            Ticket(
+                load=load,
+                slot=slot,
                 on_done=on_done,
                 is_abandoned=lambda: abandoned,
             )

@@ -6,9 +6,8 @@ leaves its fast path, and its bits, when it sees a hook.
 """
 
 import functools
-
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -89,10 +88,12 @@ class Binding:
             if unit.rows is None:
                 self._replace(modules[unit.module], self._unit_forward(modules[unit.module], block_of_unit[number]))
         for name in partition.rowwise:
-            self._replace(modules[name], self._rowwise_forward(modules[name], f"{name}.weight" if name else "weight"))
+            embedding = cast(nn.Embedding, modules[name])
+            self._replace(embedding, self._rowwise_forward(embedding, f"{name}.weight" if name else "weight"))
         for name, units in partition.heads.items():
             ranges = [(block_of_unit[unit], partition.units[unit].rows or (0, 0)) for unit in units]
-            self._replace(modules[name], self._head_forward(modules[name], ranges))
+            head = cast(nn.Linear, modules[name])
+            self._replace(head, self._head_forward(head, ranges))
         for home in factory.homes:
             home.watch(self._adopt)
         self._replace(module, self._pass_forward(module))
@@ -183,9 +184,9 @@ class Binding:
         return forward
 
     def _head_forward(
-        self, head: nn.Module, ranges: Sequence[tuple[int, tuple[int, int]]]
+        self, head: nn.Linear, ranges: Sequence[tuple[int, tuple[int, int]]]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        def forward(input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Linear's own name
+        def forward(input: torch.Tensor) -> torch.Tensor:
             output = input.new_empty(*input.shape[:-1], ranges[-1][1][1])
             bias = head.bias
             for block, (begin, end) in ranges:
@@ -197,10 +198,10 @@ class Binding:
 
         return forward
 
-    def _rowwise_forward(self, embedding: nn.Module, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _rowwise_forward(self, embedding: nn.Embedding, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         weight = self._factory.canonical(name)
 
-        def forward(input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - nn.Embedding's own name
+        def forward(input: torch.Tensor) -> torch.Tensor:
             rows, place = torch.unique(input, return_inverse=True)
             if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < embedding.num_embeddings:
                 raise IndexError(f"{name}: index {int(rows[-1])} is outside its {embedding.num_embeddings} rows")

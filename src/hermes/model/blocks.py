@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hermes.checkpoint.index import Extent
-from hermes.model.kernels import address_alignment
+from hermes.checkpoint.index import DTYPE_BYTES, Extent
 from hermes.model.mapping import Source
 from hermes.model.trace import tensors_in
 from hermes.model.units import Unit
@@ -24,6 +23,8 @@ _TORCH_DTYPES = {
     "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
     "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
+
+CACHE_LINE_BYTES = 64
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -111,9 +112,11 @@ class Stray(nn.Parameter):
     """A placeholder on the meta device that notices when it is computed with.
 
     Asking for its shape, dtype or device is free. Whatever makes a tensor of it is run with the real weight, which
-    `adopt` brings in, and keeps, from then on; where `adopt` gives None it stays what it is. Without this a product of a
-    real tensor and a meta one is no error in torch: it gives numbers out of memory that nobody has written.
+    `adopt` brings in, and keeps, from then on; where `adopt` gives None it stays what it is. Without this, a product of
+    a real tensor and a meta one would be no error in torch: it gives numbers out of memory that nobody has written.
     """
+
+    adopt: Callable[[], torch.Tensor | None]
 
     def __new__(cls, placeholder: torch.Tensor, adopt: Callable[[], torch.Tensor | None]) -> "Stray":
         """Of the same shape and dtype as `placeholder`."""
@@ -157,13 +160,27 @@ class Block:
 
 
 class LoadFactory:
-    """Makes blocks of one skeleton, for one reader's alignment and one piece size."""
+    """Makes blocks of one skeleton, for one reader's alignment and one piece size.
 
-    def __init__(self, module: nn.Module, sources: Mapping[str, Source], *, alignment: int, piece_bytes: int) -> None:
+    Tensors lie in memory as they would if they were resident, because kernels may round by address: MKL's fp32
+    matrix-vector product differs, on some CPUs, where the matrix begins at an odd multiple of 8 bytes. transformers
+    maps safetensors files into memory, so there a tensor lies as in its file; with `cache_lines`, it begins at a cache
+    line, as whatever torch has allocated itself does.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        sources: Mapping[str, Source],
+        *,
+        alignment: int,
+        piece_bytes: int,
+        cache_lines: bool,
+    ) -> None:
         self._sources = sources
         self._alignment = alignment
         self._piece_bytes = piece_bytes
-        self._address_alignment = address_alignment()
+        self._address_alignment = CACHE_LINE_BYTES if cache_lines else 1
         homes: dict[int, Home] = {}
         self._homes: dict[str, Home] = {}
         for prefix, child in module.named_modules():
@@ -232,7 +249,7 @@ class LoadFactory:
                     extent.nbytes,
                     alignment=self._alignment,
                     piece_bytes=self._piece_bytes,
-                    address_alignment=self._address_alignment,
+                    address_alignment=max(self._address_alignment, DTYPE_BYTES[source.dtype]),
                 )
                 for extent in source.extents
             ]
@@ -254,7 +271,7 @@ class LoadFactory:
             math.prod(shape) * tensor.element_size(),
             alignment=self._alignment,
             piece_bytes=self._piece_bytes,
-            address_alignment=self._address_alignment,
+            address_alignment=max(self._address_alignment, tensor.element_size()),
             codec=None if stored == tensor.dtype else _cast(stored, tensor.dtype),
         )
 

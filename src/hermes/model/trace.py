@@ -65,7 +65,7 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             with recorder:
                 fake_args, fake_kwargs = _fake((args, dict(kwargs)))
                 output = module(*fake_args, **fake_kwargs)
-        except Exception:  # noqa: BLE001 - any failure here only means: cannot be followed without values
+        except Exception:
             return None
         cache = output.get("past_key_values") if isinstance(output, Mapping) else None
         record.cache_bytes = sum(_nbytes(tensor) for tensor in tensors_in(cache))
@@ -95,7 +95,7 @@ class _Recorder(TorchDispatchMode):
     """Sees every operation below autograd: what it touches, what it costs, what it leaves alive."""
 
     def __init__(self, record: Trace, names: Mapping[int, str], stack: list[tuple[str, int]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._record = record
         self._names = names
         self._stack = stack
@@ -104,8 +104,12 @@ class _Recorder(TorchDispatchMode):
         self._live_bytes = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         module, call = self._stack[-1]
         for tensor in tensors_in((args, kwargs)):
@@ -133,7 +137,7 @@ class _Recorder(TorchDispatchMode):
                 self._live_bytes += storage.nbytes()
 
 
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.aten._grouped_mm.default:  # its fake kernel knows bf16 alone; the real one takes fp32 too
         rows, weight = args[0], args[1]
         return rows.new_empty(rows.shape[0], weight.shape[-1])
@@ -144,7 +148,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _fake(value: Any) -> Any:  # noqa: ANN401
+def _fake(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.empty(value.shape, dtype=value.dtype)
     if isinstance(value, Mapping):
@@ -156,7 +160,7 @@ def _fake(value: Any) -> Any:  # noqa: ANN401
 
 @contextmanager
 def _fake_weights(module: nn.Module) -> Iterator[dict[int, str]]:
-    """Swap every parameter and buffer for a fake one; yields parameter names by storage. Call inside a FakeTensorMode."""
+    """Swap parameters and buffers for fake ones; yields parameter names by storage. Call inside a FakeTensorMode."""
     swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     fakes: dict[int, torch.Tensor] = {}  # tied tensors stay tied
     names: dict[int, str] = {}
@@ -187,7 +191,7 @@ def _module_stack(module: nn.Module, record: Trace) -> Iterator[list[tuple[str, 
     calls = 0
     handles = []
 
-    def enter(name: str) -> Any:  # noqa: ANN401
+    def enter(name: str) -> Any:
         def hook(*_: object) -> None:
             nonlocal calls
             calls += 1

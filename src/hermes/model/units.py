@@ -2,8 +2,8 @@
 
 A *unit* is a module together with the parameters that are used while it is the innermost one running: usually one big
 matrix. A vocabulary head becomes several units, one for each range of rows. Outside the units stand the *pinned*
-parameters (small ones, and ones that several modules share) and the *row-wise* embeddings, of which only the rows that are
-looked up are ever read.
+parameters (small ones, and ones that several modules share) and the *row-wise* embeddings, of which only the rows that
+are looked up are ever read.
 """
 
 import math
@@ -82,7 +82,9 @@ def partition(module: nn.Module, weights: WeightMap, trace: Trace | None, *, hea
     owned: dict[str, list[str]] = {}  # module -> parameters, modules in order of first use
     order: dict[str, int] = {}
     for name, size in nbytes.items():
-        modules = [user for user in users[name] if user not in rowwise and not (user in cut and tables.weight(user) == name)]
+        modules = [
+            user for user in users[name] if user not in rowwise and not (user in cut and tables.weight(user) == name)
+        ]
         is_served = len(modules) < len(users[name])
         if not modules and not is_served:
             modules = [tables.owner(name)]
@@ -90,7 +92,13 @@ def partition(module: nn.Module, weights: WeightMap, trace: Trace | None, *, hea
                 continue
         if not modules:
             continue
-        if size <= pin_bytes or len(modules) > 1 or modules[0] in interrupted or modules[0] in cut or tables.is_buffer(name):
+        if (
+            size <= pin_bytes
+            or len(modules) > 1
+            or modules[0] in interrupted
+            or modules[0] in cut
+            or tables.is_buffer(name)
+        ):
             pinned.append(name)
         else:
             owned.setdefault(modules[0], []).append(name)
@@ -150,7 +158,7 @@ def _row_ranges(shape: Sequence[int], nbytes: int, largest: int, head_rows: int)
 
 
 def _interrupted(uses: Sequence[Use], trace: Trace, rowwise: set[str], large: set[str]) -> set[str]:
-    """Modules whose own parameters are used after a module inside them has loaded something else: they cannot be a unit."""
+    """Modules that use parameters of their own after a module inside them has loaded something else: no units."""
     found: set[str] = set()
     last_use = {use.call: index for index, use in enumerate(uses)}
     for call, last in last_use.items():
@@ -188,7 +196,9 @@ class _Tables:
     def parents(self) -> set[str]:
         """Modules with parameters of their own around modules with parameters."""
         owners = {self.owner(name) for name in self._parameters}
-        return {owner for owner in owners if any(other.startswith(f"{owner}.") or (not owner and other) for other in owners)}
+        return {
+            owner for owner in owners if any(other.startswith(f"{owner}.") or (not owner and other) for other in owners)
+        }
 
     def nbytes(self, name: str) -> int:
         tensor = self._tensors[name]
@@ -198,7 +208,7 @@ class _Tables:
         return tuple(self._tensors[name].shape)
 
     def owner(self, name: str) -> str:
-        """The module that is assumed to use a parameter: its own, or the one around it that reaches past its forward."""
+        """The module assumed to use a parameter: its own, or the one around it that reaches past its forward."""
         path = name.split(".")[:-1]
         around = (".".join(path[:depth]) for depth in range(len(path)))
         return next((outer for outer in around if isinstance(self.modules[outer], _REACHING)), ".".join(path))
@@ -232,4 +242,9 @@ class _Tables:
 
     def _is_plain(self, name: str) -> bool:
         source = self._sources.get(name)
-        return source is not None and source.convert is None and len(source.extents) == 1 and bool(math.prod(self.shape(name)))
+        return (
+            source is not None
+            and source.convert is None
+            and len(source.extents) == 1
+            and bool(math.prod(self.shape(name)))
+        )

@@ -24,7 +24,7 @@ def measure_bandwidth(
     agent_counts: Sequence[int] = AGENT_COUNTS,
     piece_sizes: Sequence[int] = (8 * MIB,),
 ) -> list[BandwidthRecord]:
-    """Read up to `sample_bytes` for each setting, spread over the files, past the page cache; best rate first not implied.
+    """Read up to `sample_bytes` for each setting, spread over the files, past the page cache.
 
     Each setting reads its own places, so that no cache of the drive's serves the next one. Holds one piece for each
     agent. Blocking. Raises ReadError.
@@ -59,7 +59,9 @@ def _read(reader: Reader, places: Sequence[tuple[int, int]], num_agents: int, pi
         arena.view[:: os.sysconf("SC_PAGE_SIZE")] = bytes(len(arena.view[:: os.sysconf("SC_PAGE_SIZE")]))  # page it in
 
     def agent(number: int) -> int:
-        return sum(reader.read_into(file, offset, arenas[number].view, 0) for file, offset in places[number::num_agents])
+        return sum(
+            reader.read_into(file, offset, arenas[number].view, 0) for file, offset in places[number::num_agents]
+        )
 
     with ThreadPoolExecutor(num_agents, thread_name_prefix="hermes-probe") as pool:
         start = time.perf_counter()

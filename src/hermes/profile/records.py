@@ -1,7 +1,10 @@
 """Frozen records of a profile, as they are written to JSON."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from hermes.errors import ProfileError
 
 __all__ = ["PROFILE_VERSION", "BandwidthRecord", "ComputeRecord", "MachineRecord", "Profile", "UnitRecord"]
 
@@ -32,7 +35,7 @@ class ComputeRecord:
         if len(points) == 1:
             return points[0][1] * max(1.0, tokens / points[0][0])
         low, high = points[0], points[-1]
-        for left, right in zip(points, points[1:], strict=False):
+        for left, right in itertools.pairwise(points):
             if left[0] <= tokens <= right[0]:
                 low, high = left, right
         slope = max(0.0, (high[1] - low[1]) / (high[0] - low[0]))
@@ -85,6 +88,7 @@ class Profile:
         version: of this format.
         checkpoint: fingerprint of the files.
         machine: where it was measured.
+        model_class: of the module; with another head, other units make a pass.
         dtype: of the computation.
         batch_size, sequence_length: of the measured pass.
         floor_bytes: resident set before any weight.
@@ -98,6 +102,7 @@ class Profile:
     version: int = PROFILE_VERSION
     checkpoint: str
     machine: MachineRecord
+    model_class: str
     dtype: str
     batch_size: int
     sequence_length: int
@@ -110,8 +115,9 @@ class Profile:
     _by_name: dict[str, UnitRecord] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def compute_of(self, unit: str) -> ComputeRecord:
-        """Cost of a unit by name; of the unit with the most similar size where it was never measured."""
+        """Cost of a unit by name. Raises ProfileError where it was never measured."""
         if not self._by_name:
             self._by_name.update({record.name: record for record in self.units})
-        record = self._by_name.get(unit)
-        return record.compute if record is not None else ComputeRecord(samples=((1, 0.0),))
+        if unit not in self._by_name:
+            raise ProfileError(f"the profile knows no unit {unit}; run `hermes profile` again")
+        return self._by_name[unit].compute

@@ -1,4 +1,4 @@
-"""Profiles as JSON files, one for each model and dtype; what does not belong to these files and this machine is refused."""
+"""Profiles as JSON files, one for each model and dtype; one of other files or another machine is refused."""
 
 import dataclasses
 import hashlib
@@ -14,10 +14,10 @@ from hermes.profile.records import PROFILE_VERSION, MachineRecord, Profile
 __all__ = ["load_profile", "profile_path", "save_profile"]
 
 
-def profile_path(model: Path, dtype: str) -> Path:
+def profile_path(model: Path, model_class: str, dtype: str) -> Path:
     """Where `hermes profile` keeps the profile of a model: under $XDG_CACHE_HOME, or ~/.cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = hashlib.sha256(f"{model.resolve()}|{dtype}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{model.resolve()}|{model_class}|{dtype}".encode()).hexdigest()[:16]
     return root / "hermes" / "profiles" / f"{model.resolve().name}-{key}.json"
 
 
@@ -31,7 +31,7 @@ def save_profile(profile: Profile, path: Path) -> None:
     Path(file.name).replace(path)
 
 
-def load_profile(path: Path, *, checkpoint: str, machine: MachineRecord, dtype: str) -> Profile:
+def load_profile(path: Path, *, checkpoint: str, machine: MachineRecord, model_class: str, dtype: str) -> Profile:
     """Read a profile that must be of this checkpoint, machine and dtype.
 
     Raises ProfileError where it is stale, of another version, or makes no sense.
@@ -53,8 +53,9 @@ def load_profile(path: Path, *, checkpoint: str, machine: MachineRecord, dtype: 
         raise ProfileError(f"{path}: makes no sense: {problem}; {again}")
     if profile.checkpoint != checkpoint:
         raise ProfileError(f"{path}: stale, the checkpoint's files have changed since; {again}")
-    if profile.dtype != dtype:
-        raise ProfileError(f"{path}: is for {profile.dtype}, not {dtype}; {again}")
+    for what, was, now in (("model class", profile.model_class, model_class), ("dtype", profile.dtype, dtype)):
+        if was != now:
+            raise ProfileError(f"{path}: is for {what} {was}, not {now}; {again}")
     for field in dataclasses.fields(MachineRecord):
         was, now = getattr(profile.machine, field.name), getattr(machine, field.name)
         if was != now:

@@ -1,4 +1,4 @@
-"""A model being run: what it takes (`prepare`), what it will cost (`estimate`, `measure`), and the run itself (`session`)."""
+"""A model being run: what it takes (`prepare`), what it will cost (`estimate`, `measure`), and the run (`session`)."""
 
 from hermes.session.estimate import estimate_profile
 from hermes.session.measure import measure_profile

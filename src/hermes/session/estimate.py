@@ -1,4 +1,4 @@
-"""A profile for a model that was never profiled: operations from the trace, rates from a quarter of a second of trying."""
+"""A profile for a model that was never profiled: operations from the trace, rates from a moment of trying."""
 
 import re
 
@@ -47,6 +47,7 @@ def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *
     return Profile(
         checkpoint=prepared.checkpoint.fingerprint(),
         machine=machine_record(prepared.checkpoint.files[0].path, torch.get_num_threads()),
+        model_class=prepared.model_class,
         dtype=prepared.dtype,
         batch_size=workload.batch_size,
         sequence_length=workload.sequence_length,

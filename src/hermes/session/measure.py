@@ -1,4 +1,4 @@
-"""The Layer Profiler's passes: the model itself, streamed, block by block and with nothing else going on (paper, stage 0)."""
+"""The Layer Profiler's passes: the model itself, streamed unit by unit with nothing else going on."""
 
 import inspect
 import time
@@ -69,6 +69,7 @@ def measure_profile(prepared: Prepared) -> Profile:
     return Profile(
         checkpoint=prepared.checkpoint.fingerprint(),
         machine=machine_record(prepared.checkpoint.files[0].path, torch.get_num_threads()),
+        model_class=prepared.model_class,
         dtype=prepared.dtype,
         batch_size=workload.batch_size,
         sequence_length=workload.sequence_length,

@@ -13,11 +13,11 @@ from hermes.checkpoint import Checkpoint, Reader, open_checkpoint, open_reader, 
 from hermes.errors import ModelError
 from hermes.model.binding import ROWS_AT_A_TIME_BYTES
 from hermes.model.blocks import Block, LoadFactory
-from hermes.model.inputs import example_inputs, vocabulary_size
-from hermes.model.mapping import WeightMap, map_weights
+from hermes.model.inputs import example_inputs, max_length, vocabulary_size
+from hermes.model.mapping import WeightMap, is_transformers_model, map_weights
 from hermes.model.skeleton import build_skeleton, finish_skeleton
 from hermes.model.trace import Trace, trace
-from hermes.model.units import GRANULARITIES, HEAD_ROWS, Partition, group_units, partition
+from hermes.model.units import GRANULARITIES, HEAD_ROWS, Granularity, Partition, group_units, partition
 from hermes.plan import Bandwidth, Problem, UnitCost
 from hermes.profile import Profile
 from hermes.session.workload import Workload, heap_bytes
@@ -42,9 +42,16 @@ class Prepared:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters and buffers that come from disk, in the dtype they are computed in."""
-        tensors = dict(self.module.named_parameters(remove_duplicate=False))
-        tensors |= dict(self.module.named_buffers(remove_duplicate=False))
+        tensors: dict[str, torch.Tensor] = {
+            **dict(self.module.named_parameters(remove_duplicate=False)),
+            **dict(self.module.named_buffers(remove_duplicate=False)),
+        }
         return sum(tensors[name].numel() * tensors[name].element_size() for name in self.weights.sources)
+
+    @property
+    def model_class(self) -> str:
+        """Name of the module's class."""
+        return type(self.module).__name__
 
     @property
     def dtype(self) -> str:
@@ -58,9 +65,15 @@ class Prepared:
 
     def factory(self, alignment: int, piece_bytes: int) -> LoadFactory:
         """Makes the loads, for one reader's alignment and one piece size."""
-        return LoadFactory(self.module, self.weights.sources, alignment=alignment, piece_bytes=piece_bytes)
+        return LoadFactory(
+            self.module,
+            self.weights.sources,
+            alignment=alignment,
+            piece_bytes=piece_bytes,
+            cache_lines=not is_transformers_model(self.module),
+        )
 
-    def blocks(self, factory: LoadFactory, granularity: str) -> tuple[list[Block], list[int]]:
+    def blocks(self, factory: LoadFactory, granularity: Granularity) -> tuple[list[Block], list[int]]:
         """Blocks at a granularity, and the number of the block that each unit is in."""
         groups = group_units(self.partition.units, granularity)
         block_of_unit = [0] * len(self.partition.units)
@@ -125,12 +138,15 @@ def prepare_model(
     revision: str | None = None,
     head_rows: int = HEAD_ROWS,
 ) -> Prepared:
-    """Resolve, build and trace a transformers model. Reads headers and configuration, no weights."""
+    """Resolve, build and trace a transformers model. Reads headers and configuration, no weights.
+
+    A workload longer than the model's context is cut to it.
+    """
     directory = resolve_model(model, revision=revision)
     if not directory.is_dir():
         raise ModelError(
-            f"{directory} is a weight file without a configuration; give the model's directory, or use hermes.stream() with "
-            f"a module of your own"
+            f"{directory} is a weight file without a configuration; give the model's directory, or use hermes.stream() "
+            f"with a module of your own"
         )
     checkpoint = open_checkpoint(directory)
     skeleton = build_skeleton(
@@ -143,9 +159,8 @@ def prepare_model(
     )
     weights = map_weights(skeleton, checkpoint)
     finish_skeleton(skeleton, weights)
-    inputs = example_inputs(
-        skeleton, batch_size=workload.batch_size, sequence_length=workload.sequence_length
-    )
+    workload = workload.within(max_length(skeleton))
+    inputs = example_inputs(skeleton, batch_size=workload.batch_size, sequence_length=workload.sequence_length)
     if inputs is not None and workload.max_new_tokens and "decoder_input_ids" not in inputs:
         inputs |= {"use_cache": True, "logits_to_keep": 1}
     found = None

@@ -1,6 +1,6 @@
 """What is going to be asked of a model, and how much memory that takes besides weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hermes.model.trace import Trace
 
@@ -33,12 +33,25 @@ class Workload:
         """Sweeps over the weights: one for the prompt, one more for each later token."""
         return max(1, self.max_new_tokens)
 
+    def within(self, max_length: int | None) -> "Workload":
+        """The same, cut to a context of so many tokens; the prompt has precedence."""
+        if max_length is None:
+            return self
+        sequence_length = min(self.sequence_length, max_length)
+        return replace(
+            self,
+            sequence_length=sequence_length,
+            max_new_tokens=min(self.max_new_tokens, max_length - sequence_length),
+        )
+
 
 def heap_bytes(workload: Workload, trace: Trace | None, *, vocabulary_size: int, row_buffer_bytes: int) -> int:
     """Activations at their peak, the key-value cache at its longest, row buffers, scores, and slack."""
     if trace is None:
         return UNTRACED_HEAP_BYTES + HEAP_SLACK_BYTES + row_buffer_bytes
     length = workload.sequence_length + workload.max_new_tokens
-    cache = trace.cache_bytes * length // max(1, workload.sequence_length) if workload.max_new_tokens else trace.cache_bytes
+    cache = (
+        trace.cache_bytes * length // max(1, workload.sequence_length) if workload.max_new_tokens else trace.cache_bytes
+    )
     scores = LOGITS_COPIES * 4 * workload.batch_size * vocabulary_size if workload.max_new_tokens else 0
     return trace.peak_bytes - trace.cache_bytes + cache + scores + row_buffer_bytes + HEAP_SLACK_BYTES
