@@ -44,6 +44,8 @@ __all__ = [
 
 logger = logging.getLogger("hermes")
 
+FORWARDS = 100
+"""What is loaded from Python is planned to be used many times, what is run from the shell once."""
 PLANNING_PIECE_BYTES = 8 * 2**20
 """Piece size while costs are counted; the plan's own is used once it is there."""
 
@@ -103,7 +105,12 @@ def load(
     prepared, session = open_session(
         model,
         budget_bytes=parse_bytes(budget),
-        workload=Workload(batch_size=batch_size, sequence_length=sequence_length, max_new_tokens=max_new_tokens),
+        workload=Workload(
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            max_new_tokens=max_new_tokens,
+            num_forwards=FORWARDS,
+        ),
         task=task,
         auto_class=auto_class,
         dtype=dtype,

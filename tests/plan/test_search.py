@@ -50,7 +50,7 @@ def problems(draw):
         pinned_bytes=draw(nbytes),
         buffer_bytes=draw(st.sampled_from([0, 2 * MIB])),
         num_passes=draw(st.integers(1, 6)),
-        slowdown=draw(st.sampled_from([1.0, 1.2])),
+        touch_seconds_per_byte=draw(st.sampled_from([0.0, 3e-9])),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hermes.cli.plan import SEQUENCE_LENGTH, settle_workload
-from hermes.units import format_bytes
+from hermes.units import format_bytes, format_rate
 
 __all__ = ["profile"]
 
@@ -74,7 +74,7 @@ def profile(
             [
                 ("processor", f"{machine.cpu}, {machine.num_cores} cores, {machine.num_threads} threads computing"),
                 ("floor", f"{format_bytes(measured.floor_bytes)} before any weight"),
-                ("computing while reading", f"{measured.slowdown:.2f} times as long"),
+                ("touching memory first", format_rate(1 / max(measured.touch_seconds_per_byte, 1e-12))),
                 ("pages read back", f"{measured.refaults_per_second:.0f} a second (refaults: the cap is too tight)"),
                 ("stored", str(path)),
             ],

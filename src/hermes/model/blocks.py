@@ -84,7 +84,7 @@ class Bound:
         """Point at the bytes; `places` are those of all loads of the block."""
         if self._source.convert is None:
             place = places[self.loads.start]
-            self.live.set_(memory(place), place.offset // self._item_bytes, self._shape, self._stride)  # type: ignore[call-overload]
+            self.live.set_(memory(place), place.offset // self._item_bytes, self._shape, self._stride)
         else:
             self.live.set_(self._convert(memory, places))  # type: ignore[call-overload]
         if self._home is not None:
@@ -103,7 +103,7 @@ class Bound:
         raw = []
         for load, shape in zip(self.loads, source.shapes, strict=True):
             place, tensor = places[load], torch.empty(0, dtype=dtype)
-            tensor.set_(memory(place), place.offset // tensor.element_size(), shape, _contiguous_stride(shape))  # type: ignore[call-overload]
+            tensor.set_(memory(place), place.offset // tensor.element_size(), shape, _contiguous_stride(shape))
             raw.append(tensor)
         return source.convert(raw).to(self.live.dtype).contiguous()
 

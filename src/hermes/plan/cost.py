@@ -1,6 +1,7 @@
 """What a plan will cost, by driving the engine's own state machine with a clock that is only counted.
 
-The disk is one server: loads come in the order they were ordered, at the measured rate. The Inference Agent is another.
+The disk is one server: loads come in the order they were ordered, at the measured rate, and later where their memory is
+touched for the first time. The Inference Agent is another.
 """
 
 from collections import deque
@@ -51,14 +52,21 @@ def simulate(
     pipeline = Pipeline(slots, resident, ring_bytes, ahead=ahead)
     disk: deque[tuple[float, Fetch]] = deque()  # (end, order), in order
     disk_free = now = 0.0
+    touched_bytes = 0  # of the ring; the resident store is touched load by load, each once
     granted = False
 
     def carry_out(orders: Sequence[Order], time: float) -> None:
-        nonlocal disk_free, granted
+        nonlocal disk_free, granted, touched_bytes
         for order in orders:
             match order:
-                case Fetch(_, block, load, _):
-                    disk_free = max(disk_free, time) + reads[block][load] / bytes_per_second
+                case Fetch(_, block, load, offset):
+                    new_bytes = slots[block][load]
+                    if offset is not None:
+                        end = offset + new_bytes
+                        new_bytes = max(0, end - touched_bytes)
+                        touched_bytes = max(touched_bytes, end)
+                    seconds = reads[block][load] / bytes_per_second + new_bytes * problem.touch_seconds_per_byte
+                    disk_free = max(disk_free, time) + seconds
                     disk.append((disk_free, order))
                 case Compute():
                     granted = True
@@ -77,8 +85,7 @@ def simulate(
             while not granted:
                 now = max(now, disk[0][0])
                 settle(now)
-            busy = max(0.0, min(disk_free - now, seconds))  # while agents read, computing is slower
-            now += seconds + busy * (problem.slowdown - 1)
+            now += seconds
             settle(now)
         carry_out(pipeline.on(BlockDone()), now)
         ends.append(now)

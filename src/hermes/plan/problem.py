@@ -42,7 +42,8 @@ class Problem:
         pinned_bytes: weights that always stay.
         buffer_bytes: of each Loading Agent.
         num_passes: of the workload; the first is cold.
-        slowdown: how much longer a unit computes while agents read, as a factor.
+        touch_seconds_per_byte: what it costs to write to memory for the first time. On a virtual machine that can be
+            more than reading the same bytes from disk, so that a single pass is fastest with little memory.
     """
 
     units: Sequence[UnitCost]
@@ -54,7 +55,7 @@ class Problem:
     pinned_bytes: int
     buffer_bytes: int
     num_passes: int
-    slowdown: float = 1.0
+    touch_seconds_per_byte: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

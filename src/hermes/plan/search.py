@@ -93,8 +93,9 @@ def _fastest(
     sequential: bool,
 ) -> _Candidate | None:
     best: _Candidate | None = None
+    once = problem.num_passes == 1
     for name, blocks in groups.items():
-        for ring_bytes, resident in _windows(_slots(problem, blocks), free_bytes, resident_bytes):
+        for ring_bytes, resident in _windows(_slots(problem, blocks), free_bytes, resident_bytes, once):
             prediction = simulate(
                 problem,
                 _in_pass(problem, blocks),
@@ -156,21 +157,28 @@ def _finish(
 
 
 def _windows(
-    slots: Sequence[Sequence[int]], free_bytes: int, resident_bytes: int | None
+    slots: Sequence[Sequence[int]], free_bytes: int, resident_bytes: int | None, once: bool
 ) -> Iterator[tuple[int, list[frozenset[int]]]]:
-    """Pairs of window and resident loads that fit into `free_bytes` together."""
+    """Pairs of window and resident loads that fit into `free_bytes` together.
+
+    With `once`, also with nothing resident: what is kept for no later pass only costs memory to touch.
+    """
     total = _total_bytes(slots)
     smallest = smallest_ring(slots)
     if resident_bytes is None and free_bytes >= total:
         yield min(smallest, free_bytes - total), spread(slots, total)
-        return
+        if not once:
+            return
     for step in WINDOW_LADDER:
         ring_bytes = max(smallest, min(int(smallest * step) // 4096 * 4096, total))
         left_bytes = free_bytes - ring_bytes
         kept_bytes = left_bytes if resident_bytes is None else min(resident_bytes, total)
         if not 0 <= kept_bytes <= left_bytes:
             return
-        yield ring_bytes, spread(slots, kept_bytes)
+        if resident_bytes is None and once:
+            yield ring_bytes, spread(slots, 0)
+        if resident_bytes is not None or free_bytes < total:
+            yield ring_bytes, spread(slots, kept_bytes)
         if ring_bytes >= total:
             return
 

@@ -4,7 +4,7 @@ The passes that measure a model are run by `hermes.session.measure`; disk and ke
 """
 
 from hermes.profile.calibrate import calibrate_compute
-from hermes.profile.disk import measure_bandwidth
+from hermes.profile.disk import measure_bandwidth, measure_touch
 from hermes.profile.machine import machine_record
 from hermes.profile.records import (
     PROFILE_VERSION,
@@ -27,6 +27,7 @@ __all__ = [
     "load_profile",
     "machine_record",
     "measure_bandwidth",
+    "measure_touch",
     "profile_path",
     "save_profile",
 ]

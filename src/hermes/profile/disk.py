@@ -1,4 +1,4 @@
-"""How fast the checkpoint's disk gives its bytes to so many agents."""
+"""How fast the checkpoint's disk gives its bytes to so many agents, and memory takes them in."""
 
 import os
 import time
@@ -10,7 +10,7 @@ from hermes.checkpoint.readers import Reader
 from hermes.memory.arena import Arena
 from hermes.profile.records import BandwidthRecord
 
-__all__ = ["AGENT_COUNTS", "measure_bandwidth"]
+__all__ = ["AGENT_COUNTS", "measure_bandwidth", "measure_touch"]
 
 AGENT_COUNTS = (1, 2, 3, 4)
 MIB = 2**20
@@ -42,6 +42,22 @@ def measure_bandwidth(
     return records
 
 
+def measure_touch(nbytes: int = 16 * MIB) -> float:
+    """Seconds for each byte of memory that is written to for the first time: page faults, the kernel's and the host's."""
+    arena = Arena(nbytes)
+    start = time.perf_counter()
+    _touch(arena)
+    seconds = time.perf_counter() - start
+    arena.close()
+    return seconds / nbytes
+
+
+def _touch(arena: Arena) -> None:
+    """Have every page there."""
+    pages = arena.view[:: os.sysconf("SC_PAGE_SIZE")]
+    pages[:] = bytes(len(pages))
+
+
 def _places(checkpoint: Checkpoint, piece_bytes: int) -> list[tuple[int, int]]:
     """(file, offset) of every whole piece; of the start of the largest file if there is none."""
     places = [
@@ -56,7 +72,7 @@ def _places(checkpoint: Checkpoint, piece_bytes: int) -> list[tuple[int, int]]:
 def _read(reader: Reader, places: Sequence[tuple[int, int]], num_agents: int, piece_bytes: int) -> float:
     arenas = [Arena(piece_bytes) for _ in range(num_agents)]
     for arena in arenas:
-        arena.view[:: os.sysconf("SC_PAGE_SIZE")] = bytes(len(arena.view[:: os.sysconf("SC_PAGE_SIZE")]))  # page it in
+        _touch(arena)
 
     def agent(number: int) -> int:
         return sum(

@@ -92,7 +92,7 @@ class Profile:
         dtype: of the computation.
         batch_size, sequence_length: of the measured pass.
         floor_bytes: resident set before any weight.
-        slowdown: computing while agents read, relative to computing alone.
+        touch_seconds_per_byte: of writing to memory for the first time.
         refaults_per_second: pages the system took away and gave back during the passes; a sign of too tight a cap.
         bandwidths: of the disk.
         units: in the order of a pass.
@@ -107,7 +107,7 @@ class Profile:
     batch_size: int
     sequence_length: int
     floor_bytes: int
-    slowdown: float = 1.0
+    touch_seconds_per_byte: float = 0.0
     refaults_per_second: float = 0.0
     bandwidths: tuple[BandwidthRecord, ...]
     units: tuple[UnitRecord, ...]

@@ -14,6 +14,7 @@ from hermes.profile import (
     calibrate_compute,
     machine_record,
     measure_bandwidth,
+    measure_touch,
 )
 from hermes.session.prepare import Prepared
 
@@ -52,6 +53,7 @@ def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *
         batch_size=workload.batch_size,
         sequence_length=workload.sequence_length,
         floor_bytes=floor_bytes,
+        touch_seconds_per_byte=measure_touch(),
         bandwidths=tuple(bandwidths),
         units=tuple(units),
         measured=False,

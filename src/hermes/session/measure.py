@@ -17,6 +17,7 @@ from hermes.profile import (
     calibrate_compute,
     machine_record,
     measure_bandwidth,
+    measure_touch,
 )
 from hermes.session.estimate import unit_record
 from hermes.session.prepare import Prepared
@@ -41,6 +42,7 @@ def measure_profile(prepared: Prepared) -> Profile:
     cgroup = find_cgroup()
     refaults = cgroup.refaults() if cgroup is not None else 0
     began = time.perf_counter()
+    touch = measure_touch()
     with prepared.reader() as reader:
         bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, piece_sizes=PIECE_SIZES)
     loads: dict[int, list[float]] = {}
@@ -75,6 +77,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         sequence_length=workload.sequence_length,
         floor_bytes=floor_bytes,
         refaults_per_second=again / (time.perf_counter() - began),
+        touch_seconds_per_byte=touch,
         bandwidths=tuple(bandwidths),
         units=tuple(units),
     )

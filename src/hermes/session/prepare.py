@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,9 @@ class Prepared:
                     name=unit.name,
                     slot_bytes=tuple(load.slot_bytes for load in block.loads),
                     read_bytes=tuple(load.read_bytes for load in block.loads),
-                    first_seconds=cost.seconds(1 if unit.rows and workload.max_new_tokens else prompt_tokens),
+                    first_seconds=cost.seconds(
+                        workload.batch_size if unit.rows and workload.max_new_tokens else prompt_tokens
+                    ),
                     next_seconds=cost.seconds(workload.batch_size),
                 )
             )
@@ -122,7 +124,7 @@ class Prepared:
             pinned_bytes=sum(load.slot_bytes for load in pinned.loads),
             buffer_bytes=factory.buffer_bytes if bounced else 0,
             num_passes=workload.num_passes,
-            slowdown=profile.slowdown,
+            touch_seconds_per_byte=profile.touch_seconds_per_byte,
         )
 
 
@@ -160,6 +162,8 @@ def prepare_model(
     weights = map_weights(skeleton, checkpoint)
     finish_skeleton(skeleton, weights)
     workload = workload.within(max_length(skeleton))
+    if not skeleton.can_generate():
+        workload = replace(workload, max_new_tokens=0)
     inputs = example_inputs(skeleton, batch_size=workload.batch_size, sequence_length=workload.sequence_length)
     if inputs is not None and workload.max_new_tokens and "decoder_input_ids" not in inputs:
         inputs |= {"use_cache": True, "logits_to_keep": 1}

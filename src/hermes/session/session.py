@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from hermes.engine import Engine, EngineConfig, EngineStats
 from hermes.memory.ledger import Ledger
 from hermes.memory.probe import find_cgroup
 from hermes.model.binding import Binding
+from hermes.model.units import Granularity
 from hermes.plan import Plan
 from hermes.session.prepare import Prepared
 
@@ -66,7 +67,7 @@ def start_session(prepared: Prepared, plan: Plan, reader: Reader, *, record: boo
         ReadError: the pinned weights could not be read.
     """
     factory = prepared.factory(reader.alignment, plan.piece_bytes)
-    blocks, block_of_unit = prepared.blocks(factory, plan.granularity)
+    blocks, block_of_unit = prepared.blocks(factory, cast(Granularity, plan.granularity))
     pinned = factory.pinned(prepared.partition.pinned)
     ledger = Ledger(plan.limit_bytes)
     bounced = any(piece.bounced for block in [*blocks, pinned] for load in block.loads for piece in load.pieces)

@@ -21,17 +21,19 @@ class Workload:
     Attributes:
         batch_size: sequences or images at a time.
         sequence_length: tokens of each text, or of each prompt.
-        max_new_tokens: tokens generated after the prompt; 0 for one forward pass.
+        max_new_tokens: tokens generated after the prompt; 0 for a model that does not generate.
+        num_forwards: such a model's forward passes over inputs of this shape.
     """
 
     batch_size: int = 1
     sequence_length: int = 128
     max_new_tokens: int = 0
+    num_forwards: int = 1
 
     @property
     def num_passes(self) -> int:
         """Sweeps over the weights: one for the prompt, one more for each later token."""
-        return max(1, self.max_new_tokens)
+        return self.max_new_tokens or self.num_forwards
 
     def within(self, max_length: int | None) -> "Workload":
         """The same, cut to a context of so many tokens; the prompt has precedence."""
