@@ -27,7 +27,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
 bench: $(STAMP)
-	$(BIN)/hermes bench
+	$(BIN)/python benchmarks/budgets.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -15,6 +15,7 @@ from hermes.memory.probe import resident_bytes
 from hermes.plan import Plan, Problem, make_plan
 from hermes.profile import Profile, calibrate_compute, load_profile, machine_record, profile_path
 from hermes.session import (
+    FORWARDS,
     MARGIN_BYTES,
     Prepared,
     Session,
@@ -44,8 +45,6 @@ __all__ = [
 
 logger = logging.getLogger("hermes")
 
-FORWARDS = 100
-"""What is loaded from Python is planned to be used many times, what is run from the shell once."""
 PLANNING_PIECE_BYTES = 8 * 2**20
 """Piece size while costs are counted; the plan's own is used once it is there."""
 

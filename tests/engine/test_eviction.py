@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from hermes.engine.daemon import REFAULT_STEP_BYTES, REFAULTS_PER_SECOND, MemorySample, bytes_to_give_back
+from hermes.engine.daemon import REFAULT_STEP_BYTES, REFAULTS_PER_SECOND, MemorySample, RefaultMeter, bytes_to_give_back
 from hermes.errors import BudgetError
 
 NUM_BLOCKS = 5
@@ -160,6 +160,9 @@ def test_thrash_gives_back_a_step_at_a_time(bench, monkeypatch, process, eventua
 
     monkeypatch.setattr("hermes.engine.engine.find_cgroup", Group)
     monkeypatch.setattr("hermes.engine.engine.WATCH_SECONDS", 0.001)
+    monkeypatch.setattr(
+        "hermes.engine.engine.RefaultMeter", lambda count, now: RefaultMeter(count, now, window_seconds=0.001)
+    )
     run = bench(resident=EVERYTHING, limit_bytes=LIMIT, record=True)
     planned = run.ledger.accounts["resident"]
     run.engine.start()
@@ -171,3 +174,12 @@ def test_thrash_gives_back_a_step_at_a_time(bench, monkeypatch, process, eventua
     assert run.engine.stats.memory
     run.engine.close()
     assert run.ledger.accounts["resident"] == planned - run.engine.stats.evicted_bytes
+
+
+def test_a_burst_of_refaults_is_no_thrash():
+    meter = RefaultMeter(0, 0.0)
+    assert meter.rate(100, 0.5) == 0.0  # mid-window
+    assert meter.rate(9000, 1.0) == 0.0  # a burst: nothing before it
+    assert meter.rate(9000, 2.0) == 0.0  # and nothing after it
+    assert meter.rate(12000, 3.0) == 0.0
+    assert meter.rate(14000, 4.0) == 2000.0

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from hermes.checkpoint.readers import Reader
 from hermes.engine.agents import LoadingAgents, Ticket
-from hermes.engine.daemon import MemorySample, bytes_to_give_back
+from hermes.engine.daemon import MemorySample, RefaultMeter, bytes_to_give_back
 from hermes.engine.stats import EngineStats, Span
 from hermes.errors import BudgetError, EngineError, HermesError
 from hermes.memory.arena import Arena
@@ -353,23 +353,16 @@ class Engine:
         cgroup = find_cgroup()
         if cgroup is not None and cgroup.limit_bytes is None:
             cgroup = None  # refaults are the budget's business only where a limit squeezes
-        refaults = cgroup.refaults() if cgroup is not None else 0
-        last = self.clock()
+        meter = RefaultMeter(cgroup.refaults() if cgroup is not None else 0, self.clock())
         while not self._closed.wait(WATCH_SECONDS):
-            now = self.clock()
-            rate = 0.0
-            if cgroup is not None:
-                seen = cgroup.refaults()
-                rate = (seen - refaults) / max(now - last, WATCH_SECONDS)
-                refaults = seen
-            last = now
+            rate = meter.rate(cgroup.refaults(), self.clock()) if cgroup is not None else 0.0
             if self._config.record:
                 with self._lock:
-                    self.stats.memory.append((now, resident_bytes()))
+                    self.stats.memory.append((self.clock(), resident_bytes()))
             self._balance(rate)
 
     def _balance(self, refaults_per_second: float) -> None:
-        """Give resident weights back as far as needed; refuse when that is not enough (never during normal running)."""
+        """Give resident weights back as far as needed; refuse when that is not enough."""
         with self._lock:
             rss = resident_bytes()  # under the lock: a figure from before another agent's eviction would evict twice
             sample = MemorySample(

@@ -42,8 +42,11 @@ def measure_bandwidth(
     return records
 
 
-def measure_touch(nbytes: int = 16 * MIB) -> float:
-    """Seconds for each byte of memory that is written to for the first time: page faults, the kernel's and the host's."""
+def measure_touch(nbytes: int = 32 * MIB) -> float:
+    """Seconds for each byte of memory that is written to for the first time: page faults, the kernel's and the host's.
+
+    Holds `nbytes`. True once in a process: later on, the kernel hands out again what was touched here.
+    """
     arena = Arena(nbytes)
     start = time.perf_counter()
     _touch(arena)

@@ -2,11 +2,12 @@
 
 from hermes.session.estimate import estimate_profile
 from hermes.session.measure import measure_profile
-from hermes.session.prepare import Prepared, prepare_model, prepare_module
+from hermes.session.prepare import FORWARDS, Prepared, prepare_model, prepare_module
 from hermes.session.session import MARGIN_BYTES, Session, attach, memory_limit, start_session
 from hermes.session.workload import Workload
 
 __all__ = [
+    "FORWARDS",
     "MARGIN_BYTES",
     "Prepared",
     "Session",

@@ -29,6 +29,7 @@ def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *
     workload = prepared.workload
     tokens = workload.batch_size * workload.sequence_length
     calibration = calibrate_compute(getattr(torch, prepared.dtype), tokens)
+    touch = measure_touch(SAMPLE_BYTES // 4)
     bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, agent_counts=(2, 4))
     units = []
     for unit in prepared.partition.units:
@@ -53,7 +54,7 @@ def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *
         batch_size=workload.batch_size,
         sequence_length=workload.sequence_length,
         floor_bytes=floor_bytes,
-        touch_seconds_per_byte=measure_touch(),
+        touch_seconds_per_byte=touch,
         bandwidths=tuple(bandwidths),
         units=tuple(units),
         measured=False,

@@ -1,6 +1,7 @@
 """The Layer Profiler's passes: the model itself, streamed unit by unit with nothing else going on."""
 
 import inspect
+import statistics
 import time
 from collections.abc import Iterator
 
@@ -29,12 +30,18 @@ MIB = 2**20
 SAMPLE_BYTES = 512 * MIB
 PIECE_SIZES = (2 * MIB, 8 * MIB)
 MEASURED_AGENTS = (1, 2, 4)
+SHORTER = 8
+"""A text encoder is also measured on sequences shorter by this factor."""
+ROUNDS = 3
 
 
 def measure_profile(prepared: Prepared) -> Profile:
-    """Run the model once for each number of agents in the sequential engine, and once overlapped.
+    """Run the model in the sequential engine for each number of agents, and then overlapped.
 
-    Blocking, for about six times as long as reading the weights takes. Raises ReadError, ModelError.
+    Seconds of loading come from the former, where nothing else goes on; seconds of computing from the latter, because
+    agents that read take processor time and memory bandwidth from the computation they are meant to hide behind.
+
+    Blocking, for about ten times as long as reading the weights takes. Raises ReadError, ModelError.
     """
     workload = prepared.workload
     calibrate_compute(getattr(torch, prepared.dtype), workload.batch_size * workload.sequence_length)
@@ -48,10 +55,16 @@ def measure_profile(prepared: Prepared) -> Profile:
     loads: dict[int, list[float]] = {}
     computes: dict[int, list[list[float]]] = {}
     for num_agents in MEASURED_AGENTS:
-        for tokens, waits, seconds in _measured_passes(prepared, num_agents):
-            loads[num_agents] = waits
-            computes.setdefault(tokens, []).append(seconds)
-    best = {tokens: [min(column) for column in zip(*samples, strict=True)] for tokens, samples in computes.items()}
+        with _start(prepared, num_agents, sequential=True) as session:
+            loads[num_agents] = next(_measured_passes(prepared, session))[1]
+    with _start(prepared, MEASURED_AGENTS[-1], sequential=False) as session:
+        for _ in range(ROUNDS):
+            for tokens, _, seconds in _measured_passes(prepared, session):
+                computes.setdefault(tokens, []).append(seconds)
+    computed = {
+        tokens: [statistics.median(column) for column in zip(*samples[1:], strict=True)]  # the first is cold
+        for tokens, samples in computes.items()
+    }
     units = []
     with prepared.reader() as reader:
         factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
@@ -63,7 +76,7 @@ def measure_profile(prepared: Prepared) -> Profile:
                     nbytes=sum(load.nbytes for load in factory.block([unit]).loads),
                     load_seconds={agents: waits[number] for agents, waits in loads.items()},
                     compute=ComputeRecord(
-                        samples=tuple(sorted((tokens, seconds[number]) for tokens, seconds in best.items()))
+                        samples=tuple(sorted((tokens, seconds[number]) for tokens, seconds in computed.items()))
                     ),
                 )
             )
@@ -83,22 +96,25 @@ def measure_profile(prepared: Prepared) -> Profile:
     )
 
 
-def _measured_passes(prepared: Prepared, num_agents: int) -> Iterator[tuple[int, list[float], list[float]]]:
+def _measured_passes(prepared: Prepared, session: Session) -> Iterator[tuple[int, list[float], list[float]]]:
     """For each pass: tokens in it, seconds each unit was waited for, seconds each unit computed.
 
-    The first pass is over the whole sequence; a model that generates makes a second one over one token per sequence,
-    after its own cache. A head cut by rows computes the last position alone, as in generation.
+    The first pass is over the whole sequence. A model that generates makes a second one over one token per sequence,
+    after its own cache, and its head computes the last position alone; another text model, over a short sequence.
     """
     workload = prepared.workload
     inputs = example_inputs(prepared.module, batch_size=workload.batch_size, sequence_length=workload.sequence_length)
     if inputs is None:
         raise ModelError("inputs of this model cannot be guessed; use hermes.stream with example inputs")
-    with _start_sequential(prepared, num_agents) as session, torch.no_grad():
+    with torch.no_grad():
         generates = "input_ids" in inputs and workload.max_new_tokens > 0
         if generates and "logits_to_keep" in inspect.signature(prepared.module.forward).parameters:
             inputs["logits_to_keep"] = 1
         output = prepared.module(**inputs)
         yield workload.batch_size * workload.sequence_length, *_by_unit(session, len(prepared.partition.units))
+        if "input_ids" in inputs and not generates and (short := workload.sequence_length // SHORTER):
+            prepared.module(**{name: value[:, :short] if value.ndim == 2 else value for name, value in inputs.items()})
+            yield workload.batch_size * short, *_by_unit(session, len(prepared.partition.units))
         cache = output.get("past_key_values") if generates else None
         if cache is not None:
             token = torch.ones(workload.batch_size, 1, dtype=torch.long)
@@ -125,8 +141,8 @@ def _by_unit(session: Session, num_units: int) -> tuple[list[float], list[float]
     return waits, seconds
 
 
-def _start_sequential(prepared: Prepared, num_agents: int) -> Session:
-    """Unit by unit, nothing resident, in the smallest window; memory is not planned, only bounded by the window."""
+def _start(prepared: Prepared, num_agents: int, *, sequential: bool) -> Session:
+    """Unit by unit, nothing resident, in a small window; memory is not planned, only bounded by the window."""
     reader = prepared.reader()
     factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
     blocks, _ = prepared.blocks(factory, "leaf")
@@ -138,7 +154,7 @@ def _start_sequential(prepared: Prepared, num_agents: int) -> Session:
         granularity="leaf",
         num_agents=num_agents,
         piece_bytes=PIECE_SIZES[-1],
-        ring_bytes=smallest_ring(slots),
+        ring_bytes=2 * smallest_ring(slots),
         resident=tuple(frozenset() for _ in blocks),
         resident_bytes=0,
         pass_bytes=0,
@@ -151,6 +167,6 @@ def _start_sequential(prepared: Prepared, num_agents: int) -> Session:
         pinned_bytes=0,
         bound="disk",
         bound_seconds=0.0,
-        sequential=True,
+        sequential=sequential,
     )
     return start_session(prepared, plan, reader, record=True)

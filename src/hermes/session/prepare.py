@@ -22,9 +22,12 @@ from hermes.plan import Bandwidth, Problem, UnitCost
 from hermes.profile import Profile
 from hermes.session.workload import Workload, heap_bytes
 
-__all__ = ["Prepared", "prepare_model", "prepare_module"]
+__all__ = ["FORWARDS", "Prepared", "prepare_model", "prepare_module"]
 
 logger = logging.getLogger("hermes")
+
+FORWARDS = 100
+"""What is loaded from Python is planned to be used many times; what is run from the shell, once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ class Prepared:
                     first_seconds=cost.seconds(
                         workload.batch_size if unit.rows and workload.max_new_tokens else prompt_tokens
                     ),
-                    next_seconds=cost.seconds(workload.batch_size),
+                    next_seconds=cost.seconds(workload.batch_size if workload.max_new_tokens else prompt_tokens),
                 )
             )
         pinned = factory.pinned(self.partition.pinned)
@@ -190,7 +193,9 @@ def prepare_module(
     weights = map_weights(module, opened)
     finish_skeleton(module, weights)
     found = trace(module, args, kwargs or {}) if args or kwargs else None
-    return _prepared(module, opened, weights, found, Workload(sequence_length=1), path, head_rows)
+    return _prepared(
+        module, opened, weights, found, Workload(sequence_length=1, num_forwards=FORWARDS), path, head_rows
+    )
 
 
 def _prepared(
