@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from hermes.errors import BudgetError, InputError, ProfileError
 from hermes.memory.allocator import keep_heap_tight
 from hermes.memory.probe import resident_bytes
 from hermes.plan import Plan, Problem, make_plan
-from hermes.profile import Profile, calibrate_compute, load_profile, machine_record, profile_path
+from hermes.profile import (
+    Profile,
+    calibrate_compute,
+    load_profile,
+    machine_record,
+    profile_path,
+    refresh_bandwidths,
+)
 from hermes.session import (
     FORWARDS,
     MARGIN_BYTES,
@@ -45,6 +53,8 @@ __all__ = [
 
 logger = logging.getLogger("hermes")
 
+SAMPLE_BYTES = 256 * 2**20
+"""Read to find out how fast the disk is now."""
 PLANNING_PIECE_BYTES = 8 * 2**20
 """Piece size while costs are counted; the plan's own is used once it is there."""
 
@@ -253,6 +263,9 @@ def pose_problem(prepared: Prepared, reader: Reader, profile: str | Path | None)
     known = _stored_profile(prepared, profile)
     if known is None:
         known = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes)
+    else:
+        bandwidths = refresh_bandwidths(known.bandwidths, prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES)
+        known = replace(known, bandwidths=tuple(bandwidths))
     return prepared.problem(known, factory, floor_bytes=floor_bytes), known
 
 
@@ -325,13 +338,16 @@ def _stored_profile(prepared: Prepared, path: str | Path | None) -> Profile | No
     if path is None and not stored.exists():
         return None
     try:
-        return load_profile(
+        found = load_profile(
             Path(path or stored),
             checkpoint=prepared.checkpoint.fingerprint(),
             machine=machine_record(prepared.checkpoint.files[0].path, torch.get_num_threads()),
             model_class=prepared.model_class,
             dtype=prepared.dtype,
         )
+        for unit in prepared.partition.units:
+            found.compute_of(unit.name)
+        return found
     except ProfileError as error:
         if path is not None:
             raise

@@ -127,8 +127,29 @@ def test_twice_in_one_process_and_after_close(tmp_path: Path) -> None:
         first.hermes.close()
         assert torch.equal(second(PIXELS), expected)
         second.hermes.close()
-        with pytest.raises((hermes.EngineError, NotImplementedError, RuntimeError)):
+        with pytest.raises(hermes.EngineError, match="closed"):
             first(PIXELS)
+        with pytest.raises(hermes.EngineError, match="closed"):
+            first.head(torch.zeros(1, 32))
+        with hermes.stream(first, path, budget(), resident_bytes=0) as again:
+            assert torch.equal(again(PIXELS), expected)
+
+
+def test_what_is_asked_about_weights_costs_nothing(tmp_path: Path) -> None:
+    path = saved(seeded(Straight), tmp_path / "w.safetensors")
+    with hermes.stream(seeded(Straight), path, budget(), resident_bytes=0) as streamed:
+        read = streamed.hermes.stats.bytes_read
+        assert {p.device.type for p in streamed.head.parameters()} == {"meta"}
+        assert sum(p.numel() for p in streamed.parameters()) > 30_000
+        assert streamed.head.weight.requires_grad is False
+        assert streamed.head.weight.grad is None
+        assert set(streamed.state_dict()) == set(seeded(Straight).state_dict())
+        assert streamed.requires_grad_(False) is streamed
+        assert "late" not in streamed.hermes.ledger.accounts
+        assert streamed.hermes.stats.bytes_read >= read
+        # Computed with outside any module's forward, a weight is read, and kept.
+        assert torch.equal(streamed.head.weight.T.contiguous(), seeded(Straight).head.weight.detach().T)
+        assert streamed.hermes.ledger.accounts["late"] > 0
 
 
 def test_an_exception_in_forward_leaves_it_usable(tmp_path: Path) -> None:

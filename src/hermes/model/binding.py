@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hermes.errors import EngineError
 from hermes.memory.arena import Arena
 from hermes.model.blocks import Block, LoadFactory
 from hermes.model.units import Partition
@@ -50,7 +51,7 @@ class BlockSource(Protocol):
 
 
 class Binding:
-    """Ties a skeleton to an engine. One forward at a time; `detach` gives the skeleton its placeholders back.
+    """Ties a skeleton to an engine. One forward at a time; `detach` leaves it with placeholders.
 
     Args:
         module: the skeleton.
@@ -115,10 +116,13 @@ class Binding:
             bound.bind(self._memory, places)
 
     def detach(self) -> None:
-        """Take hooks and forwards away, and every tensor off the engine's memory."""
+        """Take the wrapped forwards away, and every tensor off the engine's memory.
+
+        Placeholders stay behind that refuse to be computed with.
+        """
         self._leave()
         for home in self._factory.homes:
-            home.restore()
+            home.vacate()
         for module in self._forwards:
             module.__dict__.pop("forward", None)
         self._forwards = []
@@ -136,10 +140,10 @@ class Binding:
             raise RuntimeError("detached")
         return storage
 
-    def _adopt(self, name: str) -> torch.Tensor | None:
-        """Keep for good a weight that is used outside its own module's time; None where no pass is under way."""
-        if not self._in_pass:
-            return None
+    def _adopt(self, name: str) -> torch.Tensor:
+        """Keep for good a weight that is used outside its own module's time. Raises EngineError once closed."""
+        if self._ring is None:
+            raise EngineError(f"{name}: the model is closed; load it again")
         block = self._factory.pinned([name])
         arena = self._source.take(sum(load.slot_bytes for load in block.loads))
         slot, places, wanted = 0, [], []

@@ -50,15 +50,11 @@ class Home:
         """Let the model find the placeholder on the meta device."""
         self.put(self._placeholder)
 
-    def watch(self, adopt: Callable[[str], torch.Tensor | None]) -> None:
+    def watch(self, adopt: Callable[[str], torch.Tensor]) -> None:
         """From now on the placeholder calls `adopt` when it is computed with."""
         if isinstance(self.tensor, nn.Parameter):
             self._placeholder = Stray(self.tensor, functools.partial(adopt, self.name))
         self.vacate()
-
-    def restore(self) -> None:
-        """Back to the skeleton's own tensor."""
-        self.put(self.tensor)
 
 
 class Bound:
@@ -111,14 +107,14 @@ class Bound:
 class Stray(nn.Parameter):
     """A placeholder on the meta device that notices when it is computed with.
 
-    Asking for its shape, dtype or device is free. Whatever makes a tensor of it is run with the real weight, which
-    `adopt` brings in, and keeps, from then on; where `adopt` gives None it stays what it is. Without this, a product of
-    a real tensor and a meta one would be no error in torch: it gives numbers out of memory that nobody has written.
+    Its shape, dtype, device and detached self are free, as `state_dict` and transformers' checks want them. Whatever
+    else makes a tensor of it is run with the real weight, which `adopt` brings in and keeps, or refuses. Without this, a
+    product of a real tensor and a meta one is no error in torch: it gives numbers out of memory that nobody wrote.
     """
 
-    adopt: Callable[[], torch.Tensor | None]
+    adopt: Callable[[], torch.Tensor]
 
-    def __new__(cls, placeholder: torch.Tensor, adopt: Callable[[], torch.Tensor | None]) -> "Stray":
+    def __new__(cls, placeholder: torch.Tensor, adopt: Callable[[], torch.Tensor]) -> "Stray":
         """Of the same shape and dtype as `placeholder`."""
         stray: Stray = torch.Tensor._make_subclass(cls, placeholder.detach(), False)
         stray.adopt = adopt
@@ -133,18 +129,20 @@ class Stray(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             try:
                 result = func(*args, **kwargs)
+                if func in _FREE or not any(True for _ in tensors_in(result)):
+                    return result
             except (RuntimeError, NotImplementedError):
-                result = None
-            if result is not None and not any(True for _ in tensors_in(result)):
-                return result
+                pass
             real_args, real_kwargs = _adopted(args), {name: _adopted(value) for name, value in kwargs.items()}
             return func(*real_args, **real_kwargs)
 
 
+_FREE = {torch.Tensor.detach, torch.Tensor.data.__get__, torch.Tensor.requires_grad_}  # type: ignore[attr-defined]
+
+
 def _adopted(value: Any) -> Any:
     if isinstance(value, Stray):
-        real = value.adopt()
-        return value if real is None else real
+        return value.adopt()
     if type(value) in (list, tuple):
         return type(value)(map(_adopted, value))
     return value

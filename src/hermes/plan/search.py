@@ -1,7 +1,8 @@
 """The search: every granularity, a ladder of windows, and all that is left as resident bytes; the fastest wins."""
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hermes.errors import BudgetError
 from hermes.pipeload import smallest_ring
@@ -12,8 +13,8 @@ from hermes.units import format_budget, format_bytes
 
 __all__ = ["make_plan", "smallest_budget"]
 
-GOOD_ENOUGH = 0.98
-"""Fewer agents are taken if they reach this share of the best rate: each costs a buffer and a thread."""
+GOOD_ENOUGH = 0.85
+"""Rates within this share of the best are one rate, measured several times on a disk that is never quite steady."""
 WINDOW_LADDER = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Windows that are tried, in smallest windows."""
 
@@ -51,7 +52,7 @@ def make_plan(
         budget_bytes: what the user asked.
         limit_bytes: the budget or a tighter limit of the system's.
         margin_bytes: part of the limit that is not planned with.
-        num_agents: Loading Agents, else the fewest that reach the best rate measured and whose buffers fit.
+        num_agents: Loading Agents, else as many as reach a good rate and whose buffers fit.
         granularity: "leaf", "half" or "layer", else the fastest.
         resident_bytes: weights that stay in memory, else as many as fit.
         sequential: load and compute in turns.
@@ -204,15 +205,18 @@ def _bandwidths(bandwidths: Sequence[Bandwidth], num_agents: int | None) -> list
 
 
 def _choose_bandwidth(bandwidths: Sequence[Bandwidth], num_agents: int | None) -> Bandwidth:
-    """The fewest agents that come close to the best rate; for a number never measured, the nearest one's rate."""
+    """Of the settings with a good rate the one with most agents, at the median of the good rates.
+
+    The rate of one agent alone is the first to fall when others use the disk. For a number of agents that was never
+    measured it is the nearest one's rate.
+    """
     if num_agents is not None:
         nearest = min(bandwidths, key=lambda b: (abs(b.num_agents - num_agents), -b.bytes_per_second))
-        return Bandwidth(
-            num_agents=num_agents, piece_bytes=nearest.piece_bytes, bytes_per_second=nearest.bytes_per_second
-        )
+        return replace(nearest, num_agents=num_agents)
     best = max(b.bytes_per_second for b in bandwidths)
     good = [b for b in bandwidths if b.bytes_per_second >= GOOD_ENOUGH * best]
-    return min(good, key=lambda b: (b.num_agents, -b.bytes_per_second))
+    chosen = max(good, key=lambda b: (b.num_agents, b.bytes_per_second))
+    return replace(chosen, bytes_per_second=statistics.median(b.bytes_per_second for b in good))
 
 
 def _slots(problem: Problem, blocks: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -4,7 +4,7 @@ The passes that measure a model are run by `hermes.session.measure`; disk and ke
 """
 
 from hermes.profile.calibrate import calibrate_compute
-from hermes.profile.disk import measure_bandwidth, measure_touch
+from hermes.profile.disk import measure_bandwidth, measure_touch, refresh_bandwidths
 from hermes.profile.machine import machine_record
 from hermes.profile.records import (
     PROFILE_VERSION,
@@ -29,5 +29,6 @@ __all__ = [
     "measure_bandwidth",
     "measure_touch",
     "profile_path",
+    "refresh_bandwidths",
     "save_profile",
 ]

@@ -4,13 +4,14 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from hermes.checkpoint.index import Checkpoint
 from hermes.checkpoint.readers import Reader
 from hermes.memory.arena import Arena
 from hermes.profile.records import BandwidthRecord
 
-__all__ = ["AGENT_COUNTS", "measure_bandwidth", "measure_touch"]
+__all__ = ["AGENT_COUNTS", "measure_bandwidth", "measure_touch", "refresh_bandwidths"]
 
 AGENT_COUNTS = (1, 2, 3, 4)
 MIB = 2**20
@@ -40,6 +41,23 @@ def measure_bandwidth(
             rate = _read(reader, chosen, num_agents, piece_bytes)
             records.append(BandwidthRecord(num_agents=num_agents, piece_bytes=piece_bytes, bytes_per_second=rate))
     return records
+
+
+def refresh_bandwidths(
+    records: Sequence[BandwidthRecord], checkpoint: Checkpoint, reader: Reader, *, sample_bytes: int
+) -> list[BandwidthRecord]:
+    """The records, scaled half way to what a good one of them gives now: disks drift, and samples err. Blocking."""
+    best = max(record.bytes_per_second for record in records)
+    then = max(records, key=lambda record: (record.bytes_per_second >= best / 2, record.num_agents, record.piece_bytes))
+    (now,) = measure_bandwidth(
+        checkpoint,
+        reader,
+        sample_bytes=sample_bytes,
+        agent_counts=(then.num_agents,),
+        piece_sizes=(then.piece_bytes,),
+    )
+    scale = (1 + now.bytes_per_second / then.bytes_per_second) / 2
+    return [replace(record, bytes_per_second=record.bytes_per_second * scale) for record in records]
 
 
 def measure_touch(nbytes: int = 32 * MIB) -> float:
