@@ -9,7 +9,6 @@ are evicted before every run. Writes docs/budgets.json (raw) and docs/budgets.md
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -102,13 +101,17 @@ def measure(name: str) -> list[dict]:
     return rows
 
 
+def of_bound(row: dict) -> float:
+    """Share of max(bytes streamed / read rate, resident compute) that the steady pass reached."""
+    compute = row["reference"]["steady_seconds"] if row["compared_with"] == "resident" else 0.0
+    return max(row["run"]["steady_bytes"] / row["read_bytes_per_second"], compute) / row["run"]["steady_seconds"]
+
+
 def line(row: dict) -> str:
     """One row of the table."""
     run, reference = row["run"], row["reference"]
     if "error" in run:
         return f"| {row['model']} | {row['budget']} | {run['error']} |" + " |" * 8
-    compute = reference["steady_seconds"] if row["compared_with"] == "resident" else 0.0
-    bound = max(run["steady_bytes"] / row["read_bytes_per_second"], compute)
     cells = [
         row["model"],
         row["budget"],
@@ -119,7 +122,7 @@ def line(row: dict) -> str:
         f"{run['seconds'] / row['uncapped']['seconds']:.2f}" if row["uncapped"] else "",
         f"{run['steady_seconds']:.3f}",
         f"{run['steady_bytes'] / 1e6:.0f}",
-        f"{bound / run['steady_seconds']:.2f}",
+        f"{of_bound(row):.2f}",
         f"{reference['steady_seconds']:.3f}",
     ]
     return "| " + " | ".join(cells) + " |"
@@ -131,40 +134,74 @@ HEADER = """\
 |---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def main() -> None:
-    names = sys.argv[1:] or list(BUDGETS)
-    path = ROOT / "docs" / "budgets.json"
-    stored = json.loads(path.read_text())["rows"] if path.exists() else []
-    print(HEADER)
-    for name in names:
-        stored = [row for row in stored if row["model"] != name] + measure(name)
-    stored.sort(key=lambda row: (list(BUDGETS).index(row["model"]), row["budget_bytes"]))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    about = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "machine": platform.processor() or platform.machine(),
-        "cpu": next(x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").open() if x.startswith("model name")),
-        "cores": os.cpu_count(),
-        "cache": "files evicted before every run",
-    }
-    path.write_text(json.dumps({"about": about, "rows": stored}, indent=1))
+def short_line(row: dict) -> str:
+    """The same for the README."""
+    run = row["run"]
+    cells = [
+        row["model"],
+        row["budget"],
+        format_bytes(run["peak_bytes"]),
+        "yes" if run["digest"] == row["reference"]["digest"] else "NO",
+        f"{run['steady_seconds']:.2f}",
+        f"{run['steady_bytes'] / 1e9:.2f}",
+        f"{of_bound(row):.2f}",
+        f"{row['reference']['steady_seconds']:.2f}, {format_bytes(row['reference']['peak_bytes'])}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+SHORT_HEADER = """\
+| model | budget | peak | identical | seconds a pass | GB read a pass | share of bound | reference: seconds a pass, peak |
+|---|---|---|---|---|---|---|---|"""
+
+
+def write_report(about: dict, rows: list[dict]) -> None:
+    """docs/budgets.md, and the table in the README."""
     text = [
         "# Five models under a hard cap",
         "",
         f"Made by `python benchmarks/budgets.py` on {about['date']} at {about['commit']}: {about['cpu']}, "
         f"{about['cores']} cores. Each run is a process of its own in a memory cgroup whose limit is the budget, swap "
-        "off, files evicted. Encoders: 5 passes over 128 tokens or one 224x224 image; decoders: 16 tokens, 8 more.",
+        "off, files evicted. Encoders: 5 passes over 128 tokens or one 224x224 image; decoders: 16 tokens, 8 more. "
+        "Small models: the median of three runs.",
+        "",
         "*Of bound*: max(bytes streamed / best direct-read rate right before, resident pass) over the steady pass.",
         "*Reference pass*: transformers, fully resident (for gpt-j-6b: Hermes's sequential engine).",
         "",
         HEADER,
-        *(line(row) for row in stored),
+        *(line(row) for row in rows),
         "",
     ]
     (ROOT / "docs" / "budgets.md").write_text("\n".join(text))
+    readme = ROOT / "README.md"
+    before, begin, rest = readme.read_text().partition("<!-- results:begin -->")
+    _, end, after = rest.partition("<!-- results:end -->")
+    table = "\n".join([SHORT_HEADER, *(short_line(row) for row in rows)])
+    readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(BUDGETS)
+    path = ROOT / "docs" / "budgets.json"
+    stored = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    if names == ["--report"]:
+        write_report(stored["about"], stored["rows"])
+        return
+    rows = stored["rows"]
+    print(HEADER)
+    for name in names:
+        rows = [row for row in rows if row["model"] != name] + measure(name)
+    rows.sort(key=lambda row: (list(BUDGETS).index(row["model"]), row["budget_bytes"]))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True)
+    about = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "cpu": next(x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").open() if x.startswith("model name")),
+        "cores": os.cpu_count(),
+        "cache": "files evicted before every run",
+    }
+    path.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    write_report(about, rows)
 
 
 main()
