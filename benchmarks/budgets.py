@@ -192,7 +192,9 @@ def main() -> None:
     for name in names:
         rows = [row for row in rows if row["model"] != name] + measure(name)
     rows.sort(key=lambda row: (list(BUDGETS).index(row["model"]), row["budget_bytes"]))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     about = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip(),

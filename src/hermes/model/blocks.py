@@ -108,8 +108,8 @@ class Stray(nn.Parameter):
     """A placeholder on the meta device that notices when it is computed with.
 
     Its shape, dtype, device and detached self are free, as `state_dict` and transformers' checks want them. Whatever
-    else makes a tensor of it is run with the real weight, which `adopt` brings in and keeps, or refuses. Without this, a
-    product of a real tensor and a meta one is no error in torch: it gives numbers out of memory that nobody wrote.
+    else makes a tensor of it is run with the real weight, which `adopt` brings in and keeps, or refuses. Without this,
+    a product of a real tensor and a meta one is no error in torch: it gives numbers out of memory that nobody wrote.
     """
 
     adopt: Callable[[], torch.Tensor]

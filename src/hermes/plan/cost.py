@@ -53,10 +53,11 @@ def simulate(
     disk: deque[tuple[float, Fetch]] = deque()  # (end, order), in order
     disk_free = now = 0.0
     touched_bytes = 0  # of the ring; the resident store is touched load by load, each once
+    faulting = 0.0  # seconds that agents spend in page faults, on a core that the computation then lacks
     granted = False
 
     def carry_out(orders: Sequence[Order], time: float) -> None:
-        nonlocal disk_free, granted, touched_bytes
+        nonlocal disk_free, granted, touched_bytes, faulting
         for order in orders:
             match order:
                 case Fetch(_, block, load, offset):
@@ -65,8 +66,9 @@ def simulate(
                         end = offset + new_bytes
                         new_bytes = max(0, end - touched_bytes)
                         touched_bytes = max(touched_bytes, end)
-                    seconds = reads[block][load] / bytes_per_second + new_bytes * problem.touch_seconds_per_byte
-                    disk_free = max(disk_free, time) + seconds
+                    touch_seconds = new_bytes * problem.touch_seconds_per_byte
+                    faulting += touch_seconds
+                    disk_free = max(disk_free, time) + reads[block][load] / bytes_per_second + touch_seconds
                     disk.append((disk_free, order))
                 case Compute():
                     granted = True
@@ -85,7 +87,8 @@ def simulate(
             while not granted:
                 now = max(now, disk[0][0])
                 settle(now)
-            now += seconds
+            now += seconds + min(faulting, seconds)
+            faulting -= min(faulting, seconds)
             settle(now)
         carry_out(pipeline.on(BlockDone()), now)
         ends.append(now)

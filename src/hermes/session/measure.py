@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from hermes.errors import ModelError
-from hermes.memory.probe import find_cgroup, resident_bytes
+from hermes.memory.probe import available_bytes, find_cgroup, resident_bytes
 from hermes.model.inputs import example_inputs
 from hermes.pipeload import smallest_ring
 from hermes.plan import Plan
@@ -22,12 +22,13 @@ from hermes.profile import (
 )
 from hermes.session.estimate import unit_record
 from hermes.session.prepare import Prepared
-from hermes.session.session import Session, start_session
+from hermes.session.session import Session, memory_limit, start_session
 
 __all__ = ["measure_profile"]
 
 MIB = 2**20
 SAMPLE_BYTES = 512 * MIB
+TOUCHED_BYTES = 2048 * MIB
 PIECE_SIZES = (2 * MIB, 8 * MIB)
 MEASURED_AGENTS = (1, 2, 4)
 SHORTER = 8
@@ -49,7 +50,7 @@ def measure_profile(prepared: Prepared) -> Profile:
     cgroup = find_cgroup()
     refaults = cgroup.refaults() if cgroup is not None else 0
     began = time.perf_counter()
-    touch = measure_touch()
+    touch = measure_touch(min(TOUCHED_BYTES, memory_limit(available_bytes()) // 4))
     with prepared.reader() as reader:
         bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, piece_sizes=PIECE_SIZES)
     loads: dict[int, list[float]] = {}
