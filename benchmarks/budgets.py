@@ -151,7 +151,7 @@ def short_line(row: dict) -> str:
 
 
 SHORT_HEADER = """\
-| model | budget | peak | identical | seconds a pass | GB read a pass | share of bound | reference: seconds a pass, peak |
+| model | budget | peak | identical | seconds a pass | GB read a pass | of bound | reference: s a pass, peak |
 |---|---|---|---|---|---|---|---|"""
 
 
