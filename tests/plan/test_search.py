@@ -149,7 +149,7 @@ def test_fully_resident_as_soon_as_it_fits(problem):
 def test_as_many_agents_as_reach_a_good_rate(make_problem):
     bandwidths = [
         Bandwidth(num_agents=n, piece_bytes=MIB, bytes_per_second=rate)
-        for n, rate in [(1, 5e8), (2, 9e8), (3, 1e9), (4, 8e8)]
+        for n, rate in [(1, 5e8), (2, 9e8), (3, 1e9), (4, 6e8)]
     ]
     problem = make_problem([([MIB], 0.0, 0.0)] * 8, bandwidths=bandwidths, buffer_bytes=MIB)
     assert plan_for(problem, 20 * MIB).num_agents == 3

@@ -13,8 +13,9 @@ from hermes.units import format_budget, format_bytes
 
 __all__ = ["make_plan", "smallest_budget"]
 
-GOOD_ENOUGH = 0.85
+GOOD_ENOUGH = 0.7
 """Rates within this share of the best are one rate, measured several times on a disk that is never quite steady."""
+SMALLEST_PIECE_BYTES = 2**20
 WINDOW_LADDER = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Windows that are tried, in smallest windows."""
 
@@ -139,7 +140,7 @@ def _finish(
         limit_bytes=limit_bytes,
         granularity=best.granularity,
         num_agents=bandwidth.num_agents,
-        piece_bytes=bandwidth.piece_bytes,
+        piece_bytes=_piece_bytes(bandwidth, best.ring_bytes),
         ring_bytes=best.ring_bytes,
         resident=tuple(best.resident),
         resident_bytes=kept,
@@ -217,6 +218,12 @@ def _choose_bandwidth(bandwidths: Sequence[Bandwidth], num_agents: int | None) -
     good = [b for b in bandwidths if b.bytes_per_second >= GOOD_ENOUGH * best]
     chosen = max(good, key=lambda b: (b.num_agents, b.bytes_per_second))
     return replace(chosen, bytes_per_second=statistics.median(b.bytes_per_second for b in good))
+
+
+def _piece_bytes(bandwidth: Bandwidth, ring_bytes: int) -> int:
+    """As measured, or less: two pieces for each agent should fit the window, or agents idle while one ends a load."""
+    fitting = ring_bytes // (2 * bandwidth.num_agents)
+    return min(bandwidth.piece_bytes, max(SMALLEST_PIECE_BYTES, 1 << max(0, fitting.bit_length() - 1)))
 
 
 def _slots(problem: Problem, blocks: Sequence[Sequence[int]]) -> list[list[int]]:
