@@ -42,7 +42,10 @@ def process(monkeypatch):
         (MemorySample(resident_bytes=100, limit_bytes=100), 0),
         (MemorySample(resident_bytes=101, limit_bytes=100), 1),
         (MemorySample(resident_bytes=0, limit_bytes=100, refaults_per_second=REFAULTS_PER_SECOND), 0),
-        (MemorySample(resident_bytes=0, limit_bytes=100, refaults_per_second=501), REFAULT_STEP_BYTES),
+        (
+            MemorySample(resident_bytes=0, limit_bytes=100, refaults_per_second=REFAULTS_PER_SECOND + 1),
+            REFAULT_STEP_BYTES,
+        ),
         (MemorySample(resident_bytes=130, limit_bytes=100, refaults_per_second=1e6), 30),
     ],
 )

@@ -1,5 +1,7 @@
 """The planner keeps the limit, refuses exactly where nothing works, and does what it is told."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,6 +139,7 @@ def test_what_is_asked_for_is_kept(problem, num_agents, granularity, share, sequ
 @settings(max_examples=40, deadline=None)
 @given(problem=problems())
 def test_fully_resident_as_soon_as_it_fits(problem):
+    problem = replace(problem, num_passes=max(2, problem.num_passes))  # for one pass nothing need stay
     total = sum(sum(unit.slot_bytes) for unit in problem.units)
     fixed = problem.floor_bytes + problem.heap_bytes + problem.pinned_bytes
     fixed += max(b.num_agents for b in problem.bandwidths) * problem.buffer_bytes

@@ -6,8 +6,8 @@ __all__ = ["MemorySample", "RefaultMeter", "bytes_to_give_back"]
 
 REFAULT_STEP_BYTES = 16 * 2**20
 """Given back at a time while the system evicts code pages that are needed again at once."""
-REFAULTS_PER_SECOND = 500
-"""More than this is thrash: 2 MB/s of code pages that a pass cannot do without."""
+REFAULTS_PER_SECOND = 2000
+"""More than this is thrash: 8 MB/s of code pages that a pass cannot do without."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
