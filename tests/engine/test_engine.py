@@ -157,7 +157,7 @@ def test_memory_is_reserved_before_it_is_taken(bench):
         }
         needed = run.ledger.reserved_bytes
     bench(resident=PARTLY, budget_bytes=needed)
-    with pytest.raises(BudgetError, match=r"buffers needs .* try --budget"):
+    with pytest.raises(BudgetError, match=r"resident needs .* try --budget"):
         bench(resident=PARTLY, budget_bytes=needed - 1)
 
 

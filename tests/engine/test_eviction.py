@@ -1,11 +1,13 @@
 """The world turns out tighter than planned: resident weights are given back, the bytes stay right, the ledger sinks."""
 
+import itertools
 import mmap
 import random
+import types
 
 import pytest
 
-from hermes.engine.daemon import REFAULT_STEP_BYTES, REFAULTS_PER_SECOND, MemorySample, RefaultMeter, bytes_to_give_back
+from hermes.engine.daemon import FAULT_STEP_BYTES, FAULTS_PER_SECOND, FaultMeter, MemorySample, bytes_to_give_back
 from hermes.errors import BudgetError
 
 NUM_BLOCKS = 5
@@ -20,7 +22,7 @@ class Process:
     def __init__(self, monkeypatch):
         self.ledger = None
         self.others = 0
-        monkeypatch.setattr("hermes.engine.engine.resident_bytes", self)
+        monkeypatch.setattr("hermes.engine.engine.WorkingSet", lambda: self)
 
     def __call__(self):
         return self.others + (self.ledger.accounts.get("resident", 0) if self.ledger is not None else 0)
@@ -39,14 +41,14 @@ def process(monkeypatch):
 @pytest.mark.parametrize(
     ("sample", "expected"),
     [
-        (MemorySample(resident_bytes=100, limit_bytes=100), 0),
-        (MemorySample(resident_bytes=101, limit_bytes=100), 1),
-        (MemorySample(resident_bytes=0, limit_bytes=100, refaults_per_second=REFAULTS_PER_SECOND), 0),
+        (MemorySample(needed_bytes=100, limit_bytes=100), 0),
+        (MemorySample(needed_bytes=101, limit_bytes=100), 1),
+        (MemorySample(needed_bytes=0, limit_bytes=100, faults_per_second=FAULTS_PER_SECOND), 0),
         (
-            MemorySample(resident_bytes=0, limit_bytes=100, refaults_per_second=REFAULTS_PER_SECOND + 1),
-            REFAULT_STEP_BYTES,
+            MemorySample(needed_bytes=0, limit_bytes=100, faults_per_second=FAULTS_PER_SECOND + 1),
+            FAULT_STEP_BYTES,
         ),
-        (MemorySample(resident_bytes=130, limit_bytes=100, refaults_per_second=1e6), 30),
+        (MemorySample(needed_bytes=130, limit_bytes=100, faults_per_second=1e6), 30),
     ],
 )
 def test_how_much_to_give_back(sample, expected):
@@ -151,20 +153,13 @@ def test_the_daemons_refusal_keeps_its_number(bench, monkeypatch, process, event
 
 
 def test_thrash_gives_back_a_step_at_a_time(bench, monkeypatch, process, eventually):
-    """Refaults of the cgroup, counted by a script: far more than a few per look."""
-
-    class Group:
-        count = 0
-        limit_bytes = LIMIT
-
-        def refaults(self):
-            self.count += 10**6
-            return self.count
-
-    monkeypatch.setattr("hermes.engine.engine.find_cgroup", Group)
+    """Major faults, counted by a script: far more than a few per look."""
+    count = itertools.count(0, 10**6)
+    monkeypatch.setattr("hermes.engine.engine.find_cgroup", lambda: types.SimpleNamespace(limit_bytes=LIMIT))
+    monkeypatch.setattr("hermes.engine.engine.major_faults", lambda: next(count))
     monkeypatch.setattr("hermes.engine.engine.WATCH_SECONDS", 0.001)
     monkeypatch.setattr(
-        "hermes.engine.engine.RefaultMeter", lambda count, now: RefaultMeter(count, now, window_seconds=0.001)
+        "hermes.engine.engine.FaultMeter", lambda count, now: FaultMeter(count, now, window_seconds=0.001)
     )
     run = bench(resident=EVERYTHING, limit_bytes=LIMIT, record=True)
     planned = run.ledger.accounts["resident"]
@@ -179,10 +174,10 @@ def test_thrash_gives_back_a_step_at_a_time(bench, monkeypatch, process, eventua
     assert run.ledger.accounts["resident"] == planned - run.engine.stats.evicted_bytes
 
 
-def test_a_burst_of_refaults_is_no_thrash():
-    meter = RefaultMeter(0, 0.0)
+def test_a_burst_of_faults_is_no_thrash():
+    meter = FaultMeter(0, 0.0)
     assert meter.rate(100, 0.5) == 0.0  # mid-window
     assert meter.rate(9000, 1.0) == 0.0  # a burst: nothing before it
     assert meter.rate(9000, 2.0) == 0.0  # and nothing after it
-    assert meter.rate(12000, 3.0) == 0.0
-    assert meter.rate(14000, 4.0) == 2000.0
+    assert meter.rate(9300, 3.0) == 0.0
+    assert meter.rate(9500, 4.0) == 200.0

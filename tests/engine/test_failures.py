@@ -136,7 +136,7 @@ def test_whatever_stops_the_daemon_is_seen(bench, monkeypatch, eventually):
     def broken():
         raise ZeroDivisionError("odd")
 
-    monkeypatch.setattr("hermes.engine.engine.resident_bytes", broken)
+    monkeypatch.setattr(run.engine, "_working_set", broken)
     eventually(lambda: not run.engine._daemon.is_alive())
     with pytest.raises(EngineError, match="an agent failed: ZeroDivisionError"):
         run.engine.want(1)

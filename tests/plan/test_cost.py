@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hermes.pipeload import smallest_ring
-from hermes.plan import Bandwidth, Problem, UnitCost, simulate, spread
+from hermes.plan import TOUCH_STEP_BYTES, Bandwidth, Problem, UnitCost, simulate, spread
+from hermes.plan.cost import touch_seconds
 
 
 def run(problem, resident=None, ring_bytes=10**6, rate=100.0, **options):
@@ -60,7 +61,7 @@ def test_the_ring_runs_on_across_passes(make_problem):
 
 def test_memory_is_touched_once(make_problem):
     # One load streamed, one resident: 1 s each to read, 0.5 s more where the memory is new.
-    problem = make_problem([([100], 0.0, 0.0)] * 2, touch_seconds_per_byte=0.005, num_passes=3)
+    problem = make_problem([([100], 0.0, 0.0)] * 2, touch_seconds_per_byte=(0.005,), num_passes=3)
     found = run(problem, resident=[frozenset({0}), frozenset()], ring_bytes=200)
     assert found.first_pass_seconds == pytest.approx(3.0)
     assert found.steady_pass_seconds == pytest.approx(1.0)
@@ -90,7 +91,7 @@ def cases(draw):
         pinned_bytes=0,
         buffer_bytes=0,
         num_passes=draw(st.integers(1, 3)),
-        touch_seconds_per_byte=draw(st.sampled_from([0.0, 0.002])),
+        touch_seconds_per_byte=draw(st.sampled_from([(), (0.002,)])),
     )
     resident = spread(sizes, draw(st.integers(0, sum(map(sum, sizes)))))
     ring_bytes = smallest_ring(sizes) + draw(st.integers(0, 100))
@@ -116,7 +117,7 @@ def test_neither_the_disk_nor_the_processor_is_outrun(case, rate, ahead):
     compute_seconds = first + (passes - 1) * later
     assert found.total_seconds >= max(read_seconds, compute_seconds) - slack
     # Nor is it slower than doing one thing at a time: every read once, and once more what is read ahead at the end.
-    touch_seconds = (every + ring_bytes) * problem.touch_seconds_per_byte
+    touch_seconds = (every + ring_bytes) * sum(problem.touch_seconds_per_byte)
     assert found.total_seconds <= read_seconds + touch_seconds + ring_bytes / rate + compute_seconds + slack
 
 
@@ -128,5 +129,15 @@ def test_overlap_and_a_faster_disk_never_cost_time(case, rate, factor):
     # Where a span lies in the ring depends on when the ring was empty, hence up to one load more or less of waiting.
     slack = max((n for unit in problem.units for n in unit.read_bytes), default=0) / rate * problem.num_passes + 1e-9
     assert run(problem, resident, ring_bytes, rate * factor).total_seconds <= slow.total_seconds + slack
-    if problem.touch_seconds_per_byte == 0.0:
+    if not problem.touch_seconds_per_byte:
         assert slow.total_seconds <= run(problem, resident, ring_bytes, rate, ahead=False).total_seconds + slack
+
+
+def test_memory_at_hand_is_cheaper_than_the_rest():
+    curve = (1.0, 2.0, 4.0)
+    step = TOUCH_STEP_BYTES
+    assert touch_seconds((), 0, 100) == 0.0
+    assert touch_seconds(curve, 0, step) == step
+    assert touch_seconds(curve, step // 2, step) == step // 2 * 3
+    assert touch_seconds(curve, 10 * step, 3) == 12.0
+    assert touch_seconds(curve, 0, 4 * step) == step * (1 + 2 + 4 + 4)

@@ -52,7 +52,7 @@ def problems(draw):
         pinned_bytes=draw(nbytes),
         buffer_bytes=draw(st.sampled_from([0, 2 * MIB])),
         num_passes=draw(st.integers(1, 6)),
-        touch_seconds_per_byte=draw(st.sampled_from([0.0, 3e-9])),
+        touch_seconds_per_byte=draw(st.sampled_from([(), (3e-9,), (1e-10, 3e-9)])),
     )
 
 

@@ -93,7 +93,7 @@ def edit(path: Path, *keys, value) -> None:
         (("units", 0, "compute", "samples"), [[1, 0.1], [1, 0.2]]),
         (("units", 0, "load_seconds"), {"1": "NaN"}),
         (("units", 0, "nbytes"), "many"),
-        (("touch_seconds_per_byte",), 7.0),
+        (("touch_seconds_per_byte",), [7.0]),
         (("machine",), None),
         (("batch_size",), 0),
     ],

@@ -6,7 +6,7 @@ import hermes
 from hermes.errors import InputError
 from hermes.tasks.streaming import BatchStreamer
 from hermes.tasks.text import load_tokenizer
-from hermes.tasks.text_generation import GenerateOptions, check_context, generate_text
+from hermes.tasks.text_generation import PROMPT_LOOKUP, GenerateOptions, check_context, generate_text, load_draft
 
 PROMPTS = ["Hello there", "A longer prompt than the first: é"]
 
@@ -30,6 +30,37 @@ def test_streamed_text_is_resident_text(tiny, arch, options):
         assert generate_text(model, tokenizer, PROMPTS, options) == expected
     assert [output.prompt for output in expected] == PROMPTS
     assert all(0 < len(output.token_ids) <= 10 for output in expected)
+
+
+@pytest.mark.parametrize("arch", ["tiny-gpt2", "tiny-llama"])
+@pytest.mark.parametrize("by_model", [False, True], ids=["prompt-lookup", "model"])
+def test_a_draft_saves_sweeps_and_changes_no_token(tiny, arch, by_model):
+    directory = tiny(arch)
+    tokenizer = load_tokenizer(directory)
+    prompt = ["one two three four one two three four one two three"]
+    options = {"max_new_tokens": 24}
+    draft = load_draft(directory, {"vocab_size": 512}, trust_remote_code=False) if by_model else None
+    said: list[str] = []
+    with hermes.load(directory, budget="8GiB", max_new_tokens=24, resident_bytes=0) as model:
+        plain = generate_text(model, tokenizer, prompt, GenerateOptions(**options))
+        sweeps = model.hermes.stats.passes
+        drafted = generate_text(
+            model,
+            tokenizer,
+            prompt,
+            GenerateOptions(**options, draft=str(directory) if by_model else PROMPT_LOOKUP),
+            on_token=lambda _, text: said.append(text),
+            draft_model=draft,
+        )
+        drafted_sweeps = model.hermes.stats.passes - sweeps
+        assert drafted_sweeps < sweeps if by_model else drafted_sweeps <= sweeps  # random weights need not repeat
+    assert drafted == plain
+    assert "".join(said) == plain[0].text
+
+
+def test_a_draft_of_another_vocabulary_is_refused(tiny):
+    with pytest.raises(InputError, match="a vocabulary of 512, the model one of 99"):
+        load_draft(tiny("tiny-gpt2"), {"vocab_size": 99}, trust_remote_code=False)
 
 
 def test_a_batch_says_what_each_prompt_alone_says(tiny):

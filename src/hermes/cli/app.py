@@ -9,14 +9,21 @@ from typing import Annotated
 import typer
 
 import hermes
+from hermes.cli.bench import bench
 from hermes.cli.doctor import doctor
 from hermes.cli.errors import GuardedGroup
 from hermes.cli.plan import plan
 from hermes.cli.profile import profile
 from hermes.cli.run import run
 from hermes.cli.synth import synth
+from hermes.errors import BudgetError
+from hermes.memory.probe import find_cgroup
+from hermes.units import format_bytes
 
 __all__ = ["app", "main"]
+
+IMPORT_BYTES = 236 * 2**20
+"""The peak of a process that imports torch 2.13, 218 MiB, and what the kernel adds to it."""
 
 app = typer.Typer(
     name="hermes",
@@ -28,6 +35,7 @@ app = typer.Typer(
 )
 for command in (run, plan, profile, doctor, synth):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 
 def main() -> None:
@@ -37,6 +45,7 @@ def main() -> None:
 
 @app.callback()
 def options(
+    ctx: typer.Context,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the log, warnings, and tracebacks of errors.")
     ] = False,
@@ -47,6 +56,19 @@ def options(
         print(hermes.__version__)
         raise typer.Exit
     _set_up_logging(verbose=verbose)
+    if ctx.invoked_subcommand not in ("bench", "synth"):
+        _check_limit()
+
+
+def _check_limit() -> None:
+    """Say so where a cgroup leaves no room for torch, whose import the kernel would end without a word."""
+    cgroup = find_cgroup()
+    if cgroup is not None and cgroup.limit_bytes is not None and cgroup.limit_bytes < IMPORT_BYTES:
+        raise BudgetError(
+            f"the cgroup's limit of {format_bytes(cgroup.limit_bytes)} is below the {format_bytes(IMPORT_BYTES)} that "
+            f"importing torch takes; raise the limit",
+            minimum_bytes=IMPORT_BYTES,
+        )
 
 
 def _set_up_logging(*, verbose: bool) -> None:

@@ -188,6 +188,7 @@ def _floor() -> dict[str, str | int]:
 def _smallest_budget(model: Path | None, floor_bytes: int) -> int:
     """The floor and the margin; with a model, the smallest that `hermes plan` accepts."""
     from hermes import api
+    from hermes.plan import smallest_budget
     from hermes.session import MARGIN_BYTES, prepare_model
 
     if model is None:
@@ -195,8 +196,8 @@ def _smallest_budget(model: Path | None, floor_bytes: int) -> int:
     task, workload = settle_workload(model, task=None, batch=1, seq=None, new_tokens=None)
     prepared = prepare_model(model, workload=workload, task=task)
     with prepared.reader() as reader:
-        problem, _ = api.pose_problem(prepared, reader, None)
-    return api.smallest_accepted(dataclasses.replace(problem, floor_bytes=floor_bytes))
+        problem, _ = api.pose_problem(prepared, reader)
+    return smallest_budget(dataclasses.replace(problem, floor_bytes=floor_bytes), MARGIN_BYTES)
 
 
 def _try_disk(checkpoint: "Checkpoint") -> tuple[bool, list["BandwidthRecord"]]:

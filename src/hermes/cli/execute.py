@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hermes.report.outcome import Outcome
     from hermes.session import Session
 
-__all__ = ["run_resident", "run_streamed"]
+__all__ = ["load_resident", "run_resident", "run_streamed"]
 
 _STARTED_SECONDS = time.perf_counter()
 _TICKS_PER_SECOND = 100
@@ -68,7 +68,7 @@ def run_resident(
     from hermes.report.outcome import Outcome, seconds_per_pass
 
     read_before = process_read_bytes()
-    module = _load_resident(directory, job.task, dtype, trust_remote_code)
+    module = load_resident(directory, job.task, dtype, trust_remote_code)
     starts: list[float] = []
     pass_seconds: list[float] = []
     module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
@@ -95,8 +95,11 @@ def run_resident(
     )
 
 
-def _load_resident(directory: Path, task: str, dtype: str | None, trust_remote_code: bool) -> Any:
-    """The model as any user of transformers would load it, in the dtype that a streamed run computes in."""
+def load_resident(directory: Path, task: str, dtype: str | None, trust_remote_code: bool) -> Any:
+    """The model as any user of transformers would load it, in the dtype that a streamed run computes in.
+
+    Raises ModelError.
+    """
     import transformers
 
     from hermes.api import torch_dtype

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hermes.checkpoint import resolve_model
 from hermes.errors import InputError
 from hermes.tasks.detect import TASKS, context_tokens, read_config, task_of
 
@@ -109,7 +110,7 @@ def _prompt_job(
 ) -> Job:
     from hermes.session.workload import Workload
     from hermes.tasks.text import load_tokenizer
-    from hermes.tasks.text_generation import check_context, encode_prompts, generate_text
+    from hermes.tasks.text_generation import PROMPT_LOOKUP, check_context, encode_prompts, generate_text, load_draft
 
     config = read_config(directory)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
@@ -120,9 +121,14 @@ def _prompt_job(
         max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
     check_context(config, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens)
     options = generate(max_new_tokens)
+    draft = None
+    if options.draft is not None and len(prompts) > 1:
+        raise InputError(f"--draft is for one prompt, not {len(prompts)}; many at once share each sweep anyway")
+    if options.draft not in (None, PROMPT_LOOKUP):
+        draft = load_draft(resolve_model(options.draft), config, trust_remote_code=trust_remote_code)
 
     def perform(model: Any, on_token: Callable[[int, str], None]) -> list[dict[str, Any]]:
-        return [asdict(output) for output in generate_text(model, tokenizer, prompts, options, on_token)]
+        return [asdict(output) for output in generate_text(model, tokenizer, prompts, options, on_token, draft)]
 
     return Job(
         task=task,

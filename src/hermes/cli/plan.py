@@ -73,7 +73,7 @@ def plan(
     from hermes import api
     from hermes.checkpoint import resolve_model
     from hermes.memory.allocator import keep_heap_tight
-    from hermes.plan import make_plan
+    from hermes.plan import make_plan, smallest_budget
     from hermes.session import MARGIN_BYTES, memory_limit, prepare_model
 
     keep_heap_tight()
@@ -85,10 +85,11 @@ def plan(
         task=task,
         dtype=api.torch_dtype(dtype),
         trust_remote_code=trust_remote_code,
+        profile=profile,
     )
     with prepared.reader() as reader:
-        problem, known = api.pose_problem(prepared, reader, profile)
-    smallest_bytes = api.smallest_accepted(problem, **choices)
+        problem, known = api.pose_problem(prepared, reader)
+    smallest_bytes = smallest_budget(problem, MARGIN_BYTES, **choices)
     settled = None
     if budget_bytes is not None:
         settled = make_plan(

@@ -74,7 +74,10 @@ def profile(
             [
                 ("processor", f"{machine.cpu}, {machine.num_cores} cores, {machine.num_threads} threads computing"),
                 ("floor", f"{format_bytes(measured.floor_bytes)} before any weight"),
-                ("touching memory first", format_rate(1 / max(measured.touch_seconds_per_byte, 1e-12))),
+                (
+                    "touching memory first",
+                    ", ".join(format_rate(1 / max(seconds, 1e-12)) for seconds in measured.touch_seconds_per_byte),
+                ),
                 ("pages read back", f"{measured.refaults_per_second:.0f} a second (refaults: the cap is too tight)"),
                 ("stored", str(path)),
             ],

@@ -7,6 +7,7 @@ What is done with the inputs is in `jobs`, the run itself in `execute`, how its 
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,11 +42,25 @@ def run(
     top_k: Annotated[int | None, typer.Option(min=0, help="Draw from so many likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw from the likeliest of this share.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 makes repeating less likely.")] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="prompt-lookup, or a small model of the same vocabulary: guesses tokens; a sweep checks several."
+        ),
+    ] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text to embed; repeatable.")] = None,
     pool: Annotated[
         str | None, typer.Option(help="mean, cls, last, max or none; else as the model's directory says, or mean.")
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Image file to classify; repeatable.")] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(help='Work through a file: a JSON string, or an object with "text" or "prompt", a line.'),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where its results go, in the same order.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Records of --input at a time; else as many as the budget has room for.")
+    ] = None,
     resident: Annotated[bool, typer.Option("--resident", help="Plain transformers, all weights in memory.")] = False,
     sequential: Annotated[bool, typer.Option("--sequential", help="Load and compute in turns.")] = False,
     agents: Annotated[int | None, typer.Option(min=1, help="Loading Agents; else the planner's choice.")] = None,
@@ -72,6 +87,7 @@ def run(
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        "draft": draft,
     }
     _check_sampling(options)
     budget_bytes = _budget(budget, resident=resident)
@@ -98,6 +114,30 @@ def run(
         from hermes.tasks.text_generation import GenerateOptions
 
         return GenerateOptions(max_new_tokens=max_new_tokens, **options)
+
+    if input is not None or output is not None or batch is not None:
+        if input is None or output is None or prompt or text or image or draft or trace:
+            raise InputError("--input and --output (and --batch) go together, without other inputs, --draft or --trace")
+        from hermes.cli.batch import run_file
+
+        done = run_file(
+            model,
+            directory,
+            input,
+            output,
+            budget_bytes=budget_bytes,
+            batch_size=batch,
+            task=task or ("feature-extraction" if pool is not None else None),
+            pool=pool,
+            generate=generate,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            choices=choices,
+            quiet=json_output,
+        )
+        print(json.dumps(asdict(done)) if json_output else done.summary(), file=None if json_output else sys.stderr)
+        return
 
     job = make_job(
         directory,

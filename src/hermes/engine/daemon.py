@@ -2,12 +2,30 @@
 
 from dataclasses import dataclass
 
-__all__ = ["MemorySample", "RefaultMeter", "bytes_to_give_back"]
+from hermes.memory.probe import mapped_bytes, resident_bytes
 
-REFAULT_STEP_BYTES = 16 * 2**20
+__all__ = ["FaultMeter", "MemorySample", "WorkingSet", "bytes_to_give_back"]
+
+FAULT_STEP_BYTES = 16 * 2**20
 """Given back at a time while the system evicts code pages that are needed again at once."""
-REFAULTS_PER_SECOND = 2000
-"""More than this is thrash: 8 MB/s of code pages that a pass cannot do without."""
+FAULTS_PER_SECOND = 50
+"""More than this is thrash: each waits for the disk, which may read megabytes around the page that was asked for."""
+
+
+class WorkingSet:
+    """Bytes that the process needs in memory: its own, and as much library code as it was ever seen to use.
+
+    Code that the system has evicted to make room is missing from the resident set just when it matters.
+    """
+
+    def __init__(self) -> None:
+        self._mapped_bytes = 0
+
+    def __call__(self) -> int:
+        """Now; some microseconds."""
+        mapped = mapped_bytes()
+        self._mapped_bytes = max(self._mapped_bytes, mapped)
+        return resident_bytes() - mapped + self._mapped_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,16 +33,16 @@ class MemorySample:
     """Memory at one moment, in bytes, as the system counts it.
 
     `limit_bytes` is what the process may hold: the budget, less the margin for what no counter sees in time.
-    `refaults_per_second` counts pages that were evicted and had to be read again; 0 where it cannot be known.
+    `faults_per_second` counts waits for pages that were evicted and must be read again; 0 where nothing evicts them.
     """
 
-    resident_bytes: int
+    needed_bytes: int
     limit_bytes: int
-    refaults_per_second: float = 0.0
+    faults_per_second: float = 0.0
 
 
-class RefaultMeter:
-    """Refaults a second that last: the lower of the rates of two windows in a row.
+class FaultMeter:
+    """Faults a second that last: the lower of the rates of two windows in a row.
 
     A burst is no thrash: the first use of a library reads pages back too, once.
     """
@@ -48,7 +66,7 @@ class RefaultMeter:
 
 def bytes_to_give_back(sample: MemorySample) -> int:
     """Resident weights to give up now: the excess over the limit, or one step while the system thrashes."""
-    excess = sample.resident_bytes - sample.limit_bytes
+    excess = sample.needed_bytes - sample.limit_bytes
     if excess > 0:
         return excess
-    return REFAULT_STEP_BYTES if sample.refaults_per_second > REFAULTS_PER_SECOND else 0
+    return FAULT_STEP_BYTES if sample.faults_per_second > FAULTS_PER_SECOND else 0

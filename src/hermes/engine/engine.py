@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 from hermes.checkpoint.readers import Reader
 from hermes.engine.agents import LoadingAgents, Ticket
-from hermes.engine.daemon import MemorySample, RefaultMeter, bytes_to_give_back
+from hermes.engine.daemon import FaultMeter, MemorySample, WorkingSet, bytes_to_give_back
+from hermes.engine.residents import Residents
 from hermes.engine.stats import EngineStats, Span
 from hermes.errors import BudgetError, EngineError, HermesError
+from hermes.memory.allocator import trim_heap
 from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
-from hermes.memory.probe import find_cgroup, resident_bytes
+from hermes.memory.probe import find_cgroup, major_faults, resident_bytes
 from hermes.pipeload import (
     BlockDone,
     BlockWanted,
@@ -93,24 +95,13 @@ class Engine:
         self.clock = clock
         self.ledger = ledger
         self._blocks = blocks
-        self._pinned = pinned
         self._reader = reader
         self._config = config
-        self._slots: dict[tuple[int, int], int] = {}  # (block, load) -> offset in the resident store
-        self._pinned_slots: list[int] = []
-        store_bytes = 0
-        for load in pinned:
-            self._pinned_slots.append(store_bytes)
-            store_bytes += load.slot_bytes
-        for number, loads in enumerate(config.resident):
-            for load_number in sorted(loads):
-                self._slots[number, load_number] = store_bytes
-                store_bytes += blocks[number][load_number].slot_bytes
         ledger.reserve("window", config.ring_bytes)
-        ledger.reserve("resident", store_bytes)
         ledger.reserve("buffers", config.buffer_bytes * config.num_agents)
+        self._residents = Residents(blocks, config.resident, pinned, ledger)
+        self.store = self._residents.store
         self.ring = Arena(config.ring_bytes)
-        self.store = Arena(store_bytes)
         self._pipeline = Pipeline(
             [[load.slot_bytes for load in loads] for loads in blocks],
             config.resident,
@@ -123,7 +114,8 @@ class Engine:
         self._granted: Compute | None = None
         self._error: BaseException | None = None
         self._closed = threading.Event()
-        self._leaving_bytes = 0  # of resident loads that are given back, and still in use
+        self._heap_bytes = 0  # that passes were found to take; reserved as far as there is room yet
+        self._working_set = WorkingSet()
         self._pass_start: float | None = None
         self._pass_mark = (0, 0.0)
         self._block_start = 0.0
@@ -143,19 +135,10 @@ class Engine:
 
     def start(self) -> list[Place]:
         """Fetch what is pinned (blocking), then begin to load the first pass. Places of the pinned loads, in order."""
-        places = [
-            Place(resident=True, offset=slot + load.data_offset)
-            for slot, load in zip(self._pinned_slots, self._pinned, strict=True)
-        ]
-        self.fetch(
-            [
-                (load, self.store.view[slot : slot + load.slot_bytes])
-                for slot, load in zip(self._pinned_slots, self._pinned, strict=True)
-            ]
-        )
+        self.fetch(self._residents.pinned_slots())
         with self._lock:
             self._carry_out(self._pipeline.start())
-        return places
+        return self._residents.pinned_places()
 
     def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
         """Read loads into memory of the caller's, before anything else that is queued; blocks until they are there.
@@ -235,15 +218,20 @@ class Engine:
             return tuple(
                 Place(resident=False, offset=offset + load.data_offset)
                 if offset is not None
-                else Place(resident=True, offset=self._slots[block, number] + load.data_offset)
+                else Place(resident=True, offset=self._residents.slot(block, number) + load.data_offset)
                 for number, (load, offset) in enumerate(zip(self._blocks[block], granted.offsets, strict=True))
             )
 
-    def begin_pass(self) -> None:
-        """A sweep over the blocks begins. Raises ReadError if a file has changed since it was opened."""
+    def begin_pass(self, heap_bytes: int = 0) -> None:
+        """A sweep over the blocks begins, which takes so many bytes besides weights.
+
+        Where that is more than was planned, resident weights are given back before it grows. Raises ReadError if a file
+        has changed since it was opened, and BudgetError if the pass cannot fit.
+        """
         self._reader.check()
         with self._lock:
             self._raise_if_stopped()
+            self._reserve_heap(heap_bytes)
             self._pass_start = self.clock()
             self._pass_mark = (self.stats.bytes_read, self.stats.stall_seconds)
 
@@ -325,7 +313,9 @@ class Engine:
                 return order.offset is not None and self._pipeline.is_abandoned(order.visit)
 
         arena, offset = (
-            (self.store, self._slots[order.block, order.load]) if order.offset is None else (self.ring, order.offset)
+            (self.store, self._residents.slot(order.block, order.load))
+            if order.offset is None
+            else (self.ring, order.offset)
         )
         slot = arena.view[offset : offset + load.slot_bytes]
         return Ticket(load=load, slot=slot, on_done=fetched, is_abandoned=is_abandoned)
@@ -351,59 +341,61 @@ class Engine:
 
     def _watch_memory(self) -> None:
         cgroup = find_cgroup()
-        if cgroup is not None and cgroup.limit_bytes is None:
-            cgroup = None  # refaults are the budget's business only where a limit squeezes
-        meter = RefaultMeter(cgroup.refaults() if cgroup is not None else 0, self.clock())
+        squeezed = cgroup is not None and cgroup.limit_bytes is not None  # else nothing evicts the pages of a process
+        meter = FaultMeter(major_faults(), self.clock())
         while not self._closed.wait(WATCH_SECONDS):
-            rate = meter.rate(cgroup.refaults(), self.clock()) if cgroup is not None else 0.0
+            rate = meter.rate(major_faults(), self.clock()) if squeezed else 0.0
             if self._config.record:
                 with self._lock:
                     self.stats.memory.append((self.clock(), resident_bytes()))
             self._balance(rate)
 
-    def _balance(self, refaults_per_second: float) -> None:
-        """Give resident weights back as far as needed; refuse when that is not enough."""
+    def _balance(self, faults_per_second: float) -> None:
+        """Give free heap back, then resident weights as far as needed; refuse when that is not enough."""
         with self._lock:
-            rss = resident_bytes()  # under the lock: a figure from before another agent's eviction would evict twice
+            needed = self._working_set()  # under the lock: a figure from before an eviction would evict twice
+            if needed > self._config.limit_bytes and trim_heap():
+                needed = self._working_set()
             sample = MemorySample(
-                resident_bytes=rss, limit_bytes=self._config.limit_bytes, refaults_per_second=refaults_per_second
+                needed_bytes=needed, limit_bytes=self._config.limit_bytes, faults_per_second=faults_per_second
             )
             excess = bytes_to_give_back(sample)
             if excess:
                 freed = self._evict(excess)
-                if freed < rss - self.ledger.budget_bytes:
-                    needed = rss - freed + self._config.ring_bytes // 8
+                if freed < needed - self.ledger.budget_bytes:
+                    minimum = needed - freed + self._config.ring_bytes // 8
                     raise BudgetError(
-                        f"the process holds {format_bytes(rss)} and has no weights left to give back; its budget is "
+                        f"the process needs {format_bytes(needed)} and has no weights left to give back; its budget is "
                         f"{format_bytes(self.ledger.budget_bytes)} (a longer text or a larger batch than was planned "
-                        f"for?); try --budget {format_budget(needed)}",
-                        minimum_bytes=needed,
+                        f"for?); try --budget {format_budget(minimum)}",
+                        minimum_bytes=minimum,
                     )
 
-    def _evict(self, nbytes: int, *, at_once: bool = False) -> int:
-        """Turn resident loads into streamed ones, from the block that keeps most, until `nbytes` are free.
+    def _reserve_heap(self, nbytes: int) -> None:
+        """Have room for a pass that outgrows the plan; what blocks under way still hold comes as they let go of it."""
+        missing = nbytes - self.ledger.accounts.get("heap", 0) - self.ledger.free_bytes
+        if missing > 0 and (freed := self._evict(missing)) < missing:
+            needed = self.ledger.budget_bytes + missing - freed
+            raise BudgetError(
+                f"this pass takes {format_bytes(nbytes)} besides weights (a longer text or a larger batch than was "
+                f"planned for), the budget of {format_bytes(self.ledger.budget_bytes)} leaves "
+                f"{format_bytes(nbytes - missing + freed)}; try --budget {format_budget(needed)}",
+                minimum_bytes=needed,
+            )
+        self._heap_bytes = max(self._heap_bytes, nbytes)
+        self._grow_heap()
 
-        What a block under way still needs is counted (unless `at_once`) and goes when that visit is over.
-        """
-        freed = 0 if at_once else self._leaving_bytes
-        kept: dict[int, int] = {}
-        for block, load in self._slots:
-            kept[block] = kept.get(block, 0) + self._blocks[block][load].slot_bytes
-        candidates = sorted(self._slots, key=lambda key: -kept[key[0]])
-        for idle in (True,) if at_once else (True, False):
-            for block, load in candidates:
-                if freed >= nbytes:
-                    return freed
-                if self._pipeline.can_evict(block, load) and (self._pipeline.is_idle(block) or not idle):
-                    slot_bytes = self._blocks[block][load].slot_bytes
-                    self._leaving_bytes += slot_bytes
-                    freed += slot_bytes
-                    self._carry_out(self._pipeline.on(LoadEvicted(block, load)))
-        return freed
+    def _grow_heap(self) -> None:
+        heap_bytes = self.ledger.accounts.get("heap", 0)
+        self.ledger.reserve("heap", max(heap_bytes, min(self._heap_bytes, heap_bytes + self.ledger.free_bytes)))
+
+    def _evict(self, nbytes: int, *, at_once: bool = False) -> int:
+        def give_back(block: int, load: int) -> None:
+            self._carry_out(self._pipeline.on(LoadEvicted(block, load)))
+
+        return self._residents.evict(nbytes, self._pipeline, give_back, at_once=at_once)
 
     def _discard(self, order: Discard) -> None:
-        slot_bytes = self._blocks[order.block][order.load].slot_bytes
-        self.store.discard(self._slots.pop((order.block, order.load)), slot_bytes)
-        self.ledger.reserve("resident", self.ledger.accounts["resident"] - slot_bytes)
-        self._leaving_bytes -= slot_bytes
-        self.stats.evicted_bytes += slot_bytes
+        self._residents.discard(order.block, order.load)
+        self.stats.evicted_bytes = self._residents.evicted_bytes
+        self._grow_heap()

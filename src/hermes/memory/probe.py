@@ -19,8 +19,10 @@ __all__ = [
     "available_bytes",
     "find_cgroup",
     "major_faults",
+    "mapped_bytes",
     "memory_pressure",
     "memory_split",
+    "own_bytes",
     "peak_resident_bytes",
     "process_read_bytes",
     "resident_bytes",
@@ -83,6 +85,20 @@ def resident_bytes() -> int:
             return int(statm.read().split()[1]) * _PAGE_BYTES
     except OSError:
         return peak_resident_bytes()
+
+
+def mapped_bytes() -> int:
+    """Of the resident set, pages of files and shared memory: what the system may take away. 0 off Linux."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as statm:
+            return int(statm.read().split()[2]) * _PAGE_BYTES
+    except OSError:
+        return 0
+
+
+def own_bytes() -> int:
+    """Memory that this process shares with no other, written to since it was forked; 0 where nobody counts."""
+    return _table(Path("/proc/self/smaps_rollup")).get("Private_Dirty", 0) * 1024
 
 
 def peak_resident_bytes() -> int:

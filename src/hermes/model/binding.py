@@ -6,7 +6,7 @@ leaves its fast path, and its bits, when it sees a hook.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -43,8 +43,8 @@ class BlockSource(Protocol):
     def take(self, nbytes: int) -> Arena:
         """Memory under the budget that stays until the end."""
 
-    def begin_pass(self) -> None:
-        """A sweep begins."""
+    def begin_pass(self, heap_bytes: int = 0) -> None:
+        """A sweep begins that takes so much besides weights."""
 
     def end_pass(self) -> None:
         """A sweep is over."""
@@ -61,6 +61,7 @@ class Binding:
         partition: which modules wait for which units.
         block_of_unit: number of the block that holds each unit.
         factory: makes the loads of single rows.
+        demand: bytes that a pass takes besides weights, by the positional and the keyword arguments it is given.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class Binding:
         partition: Partition,
         block_of_unit: Sequence[int],
         factory: LoadFactory,
+        demand: Callable[[Sequence[Any], Mapping[str, Any]], int] = lambda args, kwargs: 0,
     ) -> None:
         self._module = module
+        self._demand = demand
         self._source = source
         self._blocks = blocks
         self._pinned = pinned
@@ -178,7 +181,7 @@ class Binding:
                 return own(*args, **kwargs)
             self._in_pass = True
             try:
-                self._source.begin_pass()
+                self._source.begin_pass(self._demand(args, kwargs))
                 return own(*args, **kwargs)
             finally:
                 self._in_pass = False

@@ -1,11 +1,49 @@
-"""Inputs of the right shape for tracing and profiling a model: zeros, or ones where zero is not allowed."""
+"""Shapes of a model's inputs: made up for tracing and profiling it, or read off a call."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["example_inputs", "max_length", "vocabulary_size"]
+__all__ = ["PassShape", "example_inputs", "max_length", "pass_shape", "vocabulary_size"]
+
+
+_TEXT_INPUTS = ("decoder_input_ids", "input_ids", "inputs_embeds")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassShape:
+    """How much one forward pass is given.
+
+    Attributes:
+        batch_size: sequences or images.
+        tokens: of each sequence, in this pass; None for what has none.
+        past_tokens: of each, in its key-value cache.
+        all_logits: scores are computed for every token, not for the last alone.
+    """
+
+    batch_size: int
+    tokens: int | None
+    past_tokens: int = 0
+    all_logits: bool = False
+
+
+def pass_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> PassShape | None:
+    """The shape of a transformers model's forward call; None where no tensor among its inputs tells."""
+    text = next((kwargs[name] for name in _TEXT_INPUTS if isinstance(kwargs.get(name), torch.Tensor)), None)
+    found = text if text is not None else next((a for a in (*args, *kwargs.values()) if torch.is_tensor(a)), None)
+    if found is None or found.ndim < 1:
+        return None
+    is_text = text is not None or (found.ndim == 2 and not found.is_floating_point())
+    cache = kwargs.get("past_key_values")
+    return PassShape(
+        batch_size=found.shape[0],
+        tokens=found.shape[1] if is_text and found.ndim > 1 else None,
+        past_tokens=int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0,
+        all_logits=not kwargs.get("logits_to_keep"),
+    )
 
 
 def example_inputs(model: nn.Module, *, batch_size: int, sequence_length: int) -> dict[str, Any] | None:

@@ -5,6 +5,13 @@ values cannot be followed so; `trace` then returns None, and the caller falls ba
 the engine corrects in its first real pass.
 """
 
+import gc
+import os
+import pickle
+import select
+import signal
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +24,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Trace", "Use", "tensors_in", "trace"]
+from hermes.memory.probe import own_bytes
+from hermes.model.lean import leave_compiler_out
+
+__all__ = ["Trace", "Use", "tensors_in", "trace", "trace_apart"]
+
+CHILD_SECONDS = 20.0
+"""Without a word from the child that traces; it takes one or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,43 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         record.cache_bytes = sum(_nbytes(tensor) for tensor in tensors_in(cache))
         record.output_bytes = sum(_nbytes(tensor) for tensor in tensors_in(output)) - record.cache_bytes
     return record
+
+
+def trace_apart(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Trace | None, int]:
+    """`trace` in a forked child, with which the modules that fake tensors bring in (60 MB) end; and the child's bytes.
+
+    In this process where they are here already, where the system cannot fork, or where the child fails or takes longer
+    than it ever should (a fork inherits the locks of threads that it does not).
+    """
+    if sys.platform != "linux" or "torch._dynamo" in sys.modules:
+        return trace(module, args, kwargs), 0
+    receiver, sender = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: see above
+        child = os.fork()
+    if child == 0:
+        try:
+            gc.disable()  # it would write to every object, and so copy the memory that both processes share
+            leave_compiler_out()
+            with open(sender, "wb") as pipe:
+                found = trace(module, args, kwargs)
+                pickle.dump((found, own_bytes()), pipe)
+        finally:
+            os._exit(0)
+    os.close(sender)
+    message = b""
+    try:
+        with open(receiver, "rb", buffering=0) as pipe:
+            while select.select([pipe], [], [], CHILD_SECONDS)[0] and (part := pipe.read(1 << 16)):
+                message += part
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    try:
+        result: tuple[Trace | None, int] = pickle.loads(message)
+    except (EOFError, pickle.UnpicklingError):
+        return trace(module, args, kwargs), 0
+    return result
 
 
 def tensors_in(value: object, _seen: set[int] | None = None) -> Iterator[torch.Tensor]:

@@ -1,11 +1,12 @@
 """The Pipeline Planner: from costs and a budget to a plan, by simulating PIPELOAD's own state machine. No torch."""
 
 from hermes.plan.cost import Prediction, simulate
-from hermes.plan.problem import Bandwidth, Plan, Problem, UnitCost
+from hermes.plan.problem import TOUCH_STEP_BYTES, Bandwidth, Plan, Problem, UnitCost
 from hermes.plan.residency import spread
 from hermes.plan.search import make_plan, smallest_budget
 
 __all__ = [
+    "TOUCH_STEP_BYTES",
     "Bandwidth",
     "Plan",
     "Prediction",

@@ -1,7 +1,7 @@
 """What a plan will cost, by driving the engine's own state machine with a clock that is only counted.
 
 The disk is one server: loads come in the order they were ordered, at the measured rate, and later where their memory is
-touched for the first time. The Inference Agent is another.
+touched for the first time, which takes the cores from the Inference Agent, too. That is the other server.
 """
 
 from collections import deque
@@ -9,9 +9,9 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from hermes.pipeload import BlockDone, BlockWanted, Compute, Fetch, LoadFetched, Order, Pipeline
-from hermes.plan.problem import Problem
+from hermes.plan.problem import TOUCH_STEP_BYTES, Problem
 
-__all__ = ["Prediction", "simulate"]
+__all__ = ["Prediction", "simulate", "touch_seconds"]
 
 SIMULATED_PASSES = 3
 
@@ -23,6 +23,22 @@ class Prediction:
     first_pass_seconds: float
     steady_pass_seconds: float
     total_seconds: float
+
+
+def touch_seconds(seconds_per_byte: Sequence[float], taken_bytes: int, nbytes: int) -> float:
+    """Seconds to touch `nbytes` more when `taken_bytes` have been touched before.
+
+    A system has some memory at hand, and must find the rest: `seconds_per_byte` has a figure for each further
+    `TOUCH_STEP_BYTES`.
+    """
+    seconds = 0.0
+    while nbytes > 0 and seconds_per_byte:
+        step = min(taken_bytes // TOUCH_STEP_BYTES, len(seconds_per_byte) - 1)
+        last = step == len(seconds_per_byte) - 1
+        part = nbytes if last else min(nbytes, (step + 1) * TOUCH_STEP_BYTES - taken_bytes)
+        seconds += part * seconds_per_byte[step]
+        taken_bytes, nbytes = taken_bytes + part, nbytes - part
+    return seconds
 
 
 def simulate(
@@ -53,11 +69,12 @@ def simulate(
     disk: deque[tuple[float, Fetch]] = deque()  # (end, order), in order
     disk_free = now = 0.0
     touched_bytes = 0  # of the ring; the resident store is touched load by load, each once
+    taken_bytes = 0  # of both
     faulting = 0.0  # seconds that agents spend in page faults, on a core that the computation then lacks
     granted = False
 
     def carry_out(orders: Sequence[Order], time: float) -> None:
-        nonlocal disk_free, granted, touched_bytes, faulting
+        nonlocal disk_free, granted, touched_bytes, taken_bytes, faulting
         for order in orders:
             match order:
                 case Fetch(_, block, load, offset):
@@ -66,9 +83,10 @@ def simulate(
                         end = offset + new_bytes
                         new_bytes = max(0, end - touched_bytes)
                         touched_bytes = max(touched_bytes, end)
-                    touch_seconds = new_bytes * problem.touch_seconds_per_byte
-                    faulting += touch_seconds
-                    disk_free = max(disk_free, time) + reads[block][load] / bytes_per_second + touch_seconds
+                    touching = touch_seconds(problem.touch_seconds_per_byte, taken_bytes, new_bytes)
+                    taken_bytes += new_bytes
+                    faulting += touching
+                    disk_free = max(disk_free, time) + reads[block][load] / bytes_per_second + touching
                     disk.append((disk_free, order))
                 case Compute():
                     granted = True

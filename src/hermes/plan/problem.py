@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Bandwidth", "Plan", "Problem", "UnitCost"]
+__all__ = ["TOUCH_STEP_BYTES", "Bandwidth", "Plan", "Problem", "UnitCost"]
+
+TOUCH_STEP_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +44,9 @@ class Problem:
         pinned_bytes: weights that always stay.
         buffer_bytes: of each Loading Agent.
         num_passes: of the workload; the first is cold.
-        touch_seconds_per_byte: what it costs to write to memory for the first time. On a virtual machine that can be
+        preparing_bytes: that it took to pose the problem: no smaller budget is recommended.
+        touch_seconds_per_byte: what it costs to write to memory for the first time, for each further `TOUCH_STEP_BYTES`
+            that the process takes; the last one holds for what comes after. On a virtual machine that can be
             more than reading the same bytes from disk, so that a single pass is fastest with little memory.
     """
 
@@ -55,7 +59,8 @@ class Problem:
     pinned_bytes: int
     buffer_bytes: int
     num_passes: int
-    touch_seconds_per_byte: float = 0.0
+    preparing_bytes: int = 0
+    touch_seconds_per_byte: Sequence[float] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hermes.errors import BudgetError
 from hermes.pipeload import smallest_ring
@@ -28,11 +29,15 @@ class _Candidate:
     prediction: Prediction
 
 
-def smallest_budget(problem: Problem, margin_bytes: int) -> int:
-    """Fewest bytes of budget with which the workload can run at all: nothing resident, the smallest window."""
-    weights = min(_fewest_bytes(_slots(problem, blocks)) for blocks in problem.groups.values())
-    num_agents = min(bandwidth.num_agents for bandwidth in problem.bandwidths)
-    return _fixed_bytes(problem, num_agents) + weights + margin_bytes
+def smallest_budget(problem: Problem, margin_bytes: int, **choices: Any) -> int:
+    """The smallest budget that `make_plan` takes with these choices, in bytes: what its refusal says."""
+    try:
+        make_plan(problem, budget_bytes=1, limit_bytes=1, margin_bytes=margin_bytes, **choices)
+    except BudgetError as error:
+        if error.minimum_bytes is not None:
+            return error.minimum_bytes
+        raise
+    return 1
 
 
 def make_plan(
@@ -70,7 +75,7 @@ def make_plan(
         if best is not None:
             return _finish(problem, best, bandwidth, budget_bytes, limit_bytes, fixed, sequential)
     weights = min(_fewest_bytes(_slots(problem, blocks), resident_bytes) for blocks in groups.values())
-    minimum = fixed + weights + margin_bytes
+    minimum = max(fixed + weights + margin_bytes, problem.preparing_bytes)
     if limit_bytes < budget_bytes:
         raise BudgetError(
             f"the cgroup's limit of {format_bytes(limit_bytes)} is below the {format_bytes(minimum)} "

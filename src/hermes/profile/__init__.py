@@ -4,7 +4,7 @@ The passes that measure a model are run by `hermes.session.measure`; disk and ke
 """
 
 from hermes.profile.calibrate import calibrate_compute
-from hermes.profile.disk import measure_bandwidth, measure_touch, refresh_bandwidths
+from hermes.profile.disk import bandwidths_beside_compute, measure_bandwidth, measure_touch, refresh_bandwidths
 from hermes.profile.machine import machine_record
 from hermes.profile.records import (
     PROFILE_VERSION,
@@ -23,6 +23,7 @@ __all__ = [
     "MachineRecord",
     "Profile",
     "UnitRecord",
+    "bandwidths_beside_compute",
     "calibrate_compute",
     "load_profile",
     "machine_record",

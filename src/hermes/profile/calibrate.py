@@ -7,7 +7,7 @@ from torch.nn import functional
 
 __all__ = ["Calibration", "calibrate_compute"]
 
-ROWS, COLUMNS = 2048, 1024
+ROWS, COLUMNS, NUM_MATRICES = 2048, 1024, 4
 
 
 class Calibration:
@@ -25,14 +25,15 @@ class Calibration:
 def calibrate_compute(dtype: torch.dtype, tokens: int) -> Calibration:
     """Time one linear layer for one token and for `tokens`; also brings the kernels' code into memory. About 50 ms."""
     with torch.no_grad():
-        weights = [torch.full((ROWS, COLUMNS), 0.01, dtype=dtype) for _ in range(4)]  # more than a core's cache
+        # More than a core's cache; one allocation, large enough to leave the process when it is freed.
+        weights = torch.full((NUM_MATRICES, ROWS, COLUMNS), 0.01, dtype=dtype)
         nbytes = weights[0].numel() * weights[0].element_size()
         single = _best(torch.ones(1, COLUMNS, dtype=dtype), weights)
         many = _best(torch.ones(min(tokens, 128), COLUMNS, dtype=dtype), weights)
     return Calibration(single / nbytes, many / (2 * min(tokens, 128) * ROWS * COLUMNS))
 
 
-def _best(rows: torch.Tensor, weights: list[torch.Tensor]) -> float:
+def _best(rows: torch.Tensor, weights: torch.Tensor) -> float:
     samples = []
     for weight in weights:
         start = time.perf_counter()

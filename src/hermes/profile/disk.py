@@ -1,6 +1,8 @@
 """How fast the checkpoint's disk gives its bytes to so many agents, and memory takes them in."""
 
+import ctypes
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +13,17 @@ from hermes.checkpoint.readers import Reader
 from hermes.memory.arena import Arena
 from hermes.profile.records import BandwidthRecord
 
-__all__ = ["AGENT_COUNTS", "measure_bandwidth", "measure_touch", "refresh_bandwidths"]
+__all__ = [
+    "AGENT_COUNTS",
+    "bandwidths_beside_compute",
+    "measure_bandwidth",
+    "measure_touch",
+    "refresh_bandwidths",
+]
 
 AGENT_COUNTS = (1, 2, 3, 4)
+DRIFT = 1.6
+"""Two samples of one disk may differ by such a factor."""
 MIB = 2**20
 
 
@@ -46,7 +56,10 @@ def measure_bandwidth(
 def refresh_bandwidths(
     records: Sequence[BandwidthRecord], checkpoint: Checkpoint, reader: Reader, *, sample_bytes: int
 ) -> list[BandwidthRecord]:
-    """The records, scaled half way to what a good one of them gives now: disks drift, and samples err. Blocking."""
+    """The records, scaled half way to what a good one of them gives now: disks drift, and samples err. Blocking.
+
+    All the way where the difference is no drift any more, as under a limit that somebody has set since.
+    """
     best = max(record.bytes_per_second for record in records)
     then = max(records, key=lambda record: (record.bytes_per_second >= best / 2, record.num_agents, record.piece_bytes))
     (now,) = measure_bandwidth(
@@ -56,33 +69,48 @@ def refresh_bandwidths(
         agent_counts=(then.num_agents,),
         piece_sizes=(then.piece_bytes,),
     )
-    scale = (1 + now.bytes_per_second / then.bytes_per_second) / 2
+    scale = now.bytes_per_second / then.bytes_per_second
+    if 1 / DRIFT < scale < DRIFT:
+        scale = (1 + scale) / 2
     return [replace(record, bytes_per_second=record.bytes_per_second * scale) for record in records]
 
 
-def measure_touch(nbytes: int, *, chunk_bytes: int = 16 * MIB) -> float:
+def bandwidths_beside_compute(
+    records: Sequence[BandwidthRecord], bytes_per_second: Sequence[float]
+) -> list[BandwidthRecord]:
+    """The records, lowered to what agents got in real passes that waited for the disk; as they are without any."""
+    if not bytes_per_second:
+        return list(records)
+    best = max(record.bytes_per_second for record in records)
+    good = [record.bytes_per_second for record in records if record.bytes_per_second >= best / DRIFT]
+    scale = min(1.0, max(1 / DRIFT, statistics.median(bytes_per_second) / statistics.median(good)))
+    return [replace(record, bytes_per_second=record.bytes_per_second * scale) for record in records]
+
+
+def measure_touch(nbytes: int, *, step_bytes: int, chunk_bytes: int = 16 * MIB) -> tuple[float, ...]:
     """Seconds for each byte of memory that is written to for the first time: page faults, the kernel's and the host's.
 
-    Holds `nbytes` while it measures, in chunks: memory that this machine has used lately comes cheaper than memory that
-    its host must find first, so the dearer half of the chunks counts.
+    All cores at once, as agents do it; one figure for each `step_bytes`. Holds `nbytes` while it measures: memory that
+    this machine has used lately comes cheaper than memory that its host must find first.
     """
-    arenas, seconds = [], []
-    for _ in range(max(1, nbytes // chunk_bytes)):
-        arena = Arena(chunk_bytes)
-        start = time.perf_counter()
-        _touch(arena)
-        seconds.append(time.perf_counter() - start)
-        arenas.append(arena)
+    arenas: list[Arena] = []
+    seconds = []
+    num_chunks = max(1, min(nbytes, step_bytes) // chunk_bytes)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+        for _ in range(max(1, nbytes // (num_chunks * chunk_bytes))):
+            chunks = [Arena(chunk_bytes) for _ in range(num_chunks)]
+            arenas += chunks
+            start = time.perf_counter()
+            list(pool.map(_touch, chunks))
+            seconds.append((time.perf_counter() - start) / (num_chunks * chunk_bytes))
     for arena in arenas:
         arena.close()
-    dearer = sorted(seconds)[len(seconds) // 2 :]
-    return sum(dearer) / len(dearer) / chunk_bytes
+    return tuple(seconds)
 
 
 def _touch(arena: Arena) -> None:
-    """Have every page there."""
-    pages = arena.view[:: os.sysconf("SC_PAGE_SIZE")]
-    pages[:] = bytes(len(pages))
+    """Have every page there; lets other threads run meanwhile."""
+    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(arena.view)), 0, arena.nbytes)
 
 
 def _places(checkpoint: Checkpoint, piece_bytes: int) -> list[tuple[int, int]]:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hermes.errors import ProfileError
+from hermes.model.trace import Trace
 
 __all__ = ["PROFILE_VERSION", "BandwidthRecord", "ComputeRecord", "MachineRecord", "Profile", "UnitRecord"]
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +93,13 @@ class Profile:
         dtype: of the computation.
         batch_size, sequence_length: of the measured pass.
         floor_bytes: resident set before any weight.
-        touch_seconds_per_byte: of writing to memory for the first time.
+        touch_seconds_per_byte: of writing to memory for the first time, for each further `TOUCH_STEP_BYTES` that the
+            process takes; the last one holds for what comes after.
         refaults_per_second: pages the system took away and gave back during the passes; a sign of too tight a cap.
         bandwidths: of the disk.
         units: in the order of a pass.
         measured: False where compute was estimated from operations, not measured.
+        trace: of the pass over that batch and sequence; None where it could not be followed.
     """
 
     version: int = PROFILE_VERSION
@@ -107,11 +110,12 @@ class Profile:
     batch_size: int
     sequence_length: int
     floor_bytes: int
-    touch_seconds_per_byte: float = 0.0
+    touch_seconds_per_byte: tuple[float, ...] = ()
     refaults_per_second: float = 0.0
     bandwidths: tuple[BandwidthRecord, ...]
     units: tuple[UnitRecord, ...]
     measured: bool = True
+    trace: Trace | None = None
     _by_name: dict[str, UnitRecord] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def compute_of(self, unit: str) -> ComputeRecord:

@@ -68,8 +68,8 @@ def _nonsense(profile: Profile) -> str | None:
         return "no units or no bandwidths"
     if profile.batch_size < 1 or profile.sequence_length < 1 or profile.floor_bytes < 0:
         return "batch, sequence or floor is negative"
-    if not 0 <= profile.touch_seconds_per_byte < 1e-6:
-        return f"{profile.touch_seconds_per_byte} seconds to touch a byte"
+    if not all(0 <= seconds < 1e-6 for seconds in profile.touch_seconds_per_byte):
+        return f"{max(profile.touch_seconds_per_byte)} seconds to touch a byte"
     for bandwidth in profile.bandwidths:
         if bandwidth.num_agents < 1 or bandwidth.piece_bytes < 1 or not 0 < bandwidth.bytes_per_second < 1e13:
             return f"bandwidth {bandwidth}"

@@ -1,6 +1,6 @@
 """A model being run: what it takes (`prepare`), what it will cost (`estimate`, `measure`), and the run (`session`)."""
 
-from hermes.session.estimate import estimate_profile
+from hermes.session.estimate import estimate_profile, measure_floor
 from hermes.session.measure import measure_profile
 from hermes.session.prepare import FORWARDS, Prepared, prepare_model, prepare_module
 from hermes.session.session import MARGIN_BYTES, Session, attach, memory_limit, start_session
@@ -14,6 +14,7 @@ __all__ = [
     "Workload",
     "attach",
     "estimate_profile",
+    "measure_floor",
     "measure_profile",
     "memory_limit",
     "prepare_model",

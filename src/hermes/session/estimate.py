@@ -5,8 +5,11 @@ import re
 import torch
 
 from hermes.checkpoint.readers import Reader
+from hermes.memory.pages import drop_idle_pages
+from hermes.memory.probe import resident_bytes
 from hermes.model.blocks import LoadFactory
 from hermes.model.units import Unit
+from hermes.plan import TOUCH_STEP_BYTES
 from hermes.profile import (
     ComputeRecord,
     Profile,
@@ -18,10 +21,18 @@ from hermes.profile import (
 )
 from hermes.session.prepare import Prepared
 
-__all__ = ["estimate_profile", "unit_flops", "unit_record"]
+__all__ = ["estimate_profile", "measure_floor", "unit_flops", "unit_record"]
 
 SAMPLE_BYTES = 64 * 2**20
 _LAYER = re.compile(r"^.*?\.\d+(?=\.|$)")
+
+
+def measure_floor(prepared: Prepared) -> int:
+    """Resident set of this process before any weight, in bytes: kernels in memory, what importing needed given back."""
+    drop_idle_pages()
+    workload = prepared.workload
+    calibrate_compute(getattr(torch, prepared.dtype), workload.batch_size * workload.sequence_length)
+    return resident_bytes()
 
 
 def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *, floor_bytes: int) -> Profile:
@@ -29,7 +40,7 @@ def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *
     workload = prepared.workload
     tokens = workload.batch_size * workload.sequence_length
     calibration = calibrate_compute(getattr(torch, prepared.dtype), tokens)
-    touch = measure_touch(SAMPLE_BYTES // 4)
+    touch = measure_touch(SAMPLE_BYTES // 4, step_bytes=TOUCH_STEP_BYTES)
     bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, agent_counts=(2, 4))
     units = []
     for unit in prepared.partition.units:

@@ -8,19 +8,19 @@ from collections.abc import Iterator
 import torch
 
 from hermes.errors import ModelError
-from hermes.memory.probe import available_bytes, find_cgroup, resident_bytes
+from hermes.memory.probe import available_bytes, find_cgroup
 from hermes.model.inputs import example_inputs
 from hermes.pipeload import smallest_ring
-from hermes.plan import Plan
+from hermes.plan import TOUCH_STEP_BYTES, Plan
 from hermes.profile import (
     ComputeRecord,
     Profile,
-    calibrate_compute,
+    bandwidths_beside_compute,
     machine_record,
     measure_bandwidth,
     measure_touch,
 )
-from hermes.session.estimate import unit_record
+from hermes.session.estimate import measure_floor, unit_record
 from hermes.session.prepare import Prepared
 from hermes.session.session import Session, memory_limit, start_session
 
@@ -45,12 +45,11 @@ def measure_profile(prepared: Prepared) -> Profile:
     Blocking, for about ten times as long as reading the weights takes. Raises ReadError, ModelError.
     """
     workload = prepared.workload
-    calibrate_compute(getattr(torch, prepared.dtype), workload.batch_size * workload.sequence_length)
-    floor_bytes = resident_bytes()
+    floor_bytes = measure_floor(prepared)
     cgroup = find_cgroup()
     refaults = cgroup.refaults() if cgroup is not None else 0
     began = time.perf_counter()
-    touch = measure_touch(min(TOUCHED_BYTES, memory_limit(available_bytes()) // 4))
+    touch = measure_touch(min(TOUCHED_BYTES, memory_limit(available_bytes()) // 4), step_bytes=TOUCH_STEP_BYTES)
     with prepared.reader() as reader:
         bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, piece_sizes=PIECE_SIZES)
     loads: dict[int, list[float]] = {}
@@ -62,6 +61,14 @@ def measure_profile(prepared: Prepared) -> Profile:
         for _ in range(ROUNDS):
             for tokens, _, seconds in _measured_passes(prepared, session):
                 computes.setdefault(tokens, []).append(seconds)
+        stats = session.stats
+        beside = [
+            nbytes / seconds
+            for nbytes, seconds, stall in zip(
+                stats.pass_bytes, stats.pass_seconds, stats.pass_stall_seconds, strict=True
+            )
+            if stall > seconds / 2  # the disk alone decided
+        ]
     computed = {
         tokens: [statistics.median(column) for column in zip(*samples[1:], strict=True)]  # the first is cold
         for tokens, samples in computes.items()
@@ -92,8 +99,9 @@ def measure_profile(prepared: Prepared) -> Profile:
         floor_bytes=floor_bytes,
         refaults_per_second=again / (time.perf_counter() - began),
         touch_seconds_per_byte=touch,
-        bandwidths=tuple(bandwidths),
+        bandwidths=tuple(bandwidths_beside_compute(bandwidths, beside)),
         units=tuple(units),
+        trace=prepared.trace,
     )
 
 

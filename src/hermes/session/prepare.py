@@ -10,22 +10,28 @@ import torch
 from torch import nn
 
 from hermes.checkpoint import Checkpoint, Reader, open_checkpoint, open_reader, resolve_model
-from hermes.errors import ModelError
+from hermes.errors import ModelError, ProfileError
+from hermes.memory.pages import drop_idle_pages
+from hermes.memory.probe import memory_split
 from hermes.model.binding import ROWS_AT_A_TIME_BYTES
 from hermes.model.blocks import Block, LoadFactory
 from hermes.model.inputs import example_inputs, max_length, vocabulary_size
+from hermes.model.lean import lean_imports
 from hermes.model.mapping import WeightMap, is_transformers_model, map_weights
 from hermes.model.skeleton import build_skeleton, finish_skeleton
-from hermes.model.trace import Trace, trace
+from hermes.model.trace import Trace, trace_apart
 from hermes.model.units import GRANULARITIES, HEAD_ROWS, Granularity, Partition, group_units, partition
 from hermes.plan import Bandwidth, Problem, UnitCost
 from hermes.profile import Profile
+from hermes.session.known import stored_profile, trace_at
 from hermes.session.workload import Workload, heap_bytes
 
 __all__ = ["FORWARDS", "Prepared", "prepare_model", "prepare_module"]
 
 logger = logging.getLogger("hermes")
 
+CODE_BYTES = 84 * 2**20
+"""Of libraries, and of the kernel for two processes, without which tracing reads the same code again and again."""
 FORWARDS = 100
 """What is loaded from Python is planned to be used many times; what is run from the shell, once."""
 
@@ -41,6 +47,10 @@ class Prepared:
     partition: Partition
     workload: Workload
     source: Path
+    known: Profile | None = None
+    """What was measured of it before."""
+    preparing_bytes: int = 0
+    """That this process and the child that traced the model had between them; 0 if nothing was traced apart."""
 
     @property
     def weight_bytes(self) -> int:
@@ -59,8 +69,7 @@ class Prepared:
     @property
     def dtype(self) -> str:
         """Of the first floating-point parameter, as torch spells it ("float32")."""
-        found = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        return str(found).removeprefix("torch.")
+        return _dtype_name(self.module)
 
     def reader(self) -> Reader:
         """A new reader over the checkpoint's files."""
@@ -127,8 +136,14 @@ class Prepared:
             pinned_bytes=sum(load.slot_bytes for load in pinned.loads),
             buffer_bytes=factory.buffer_bytes if bounced else 0,
             num_passes=workload.num_passes,
+            preparing_bytes=self.preparing_bytes,
             touch_seconds_per_byte=profile.touch_seconds_per_byte,
         )
+
+
+def _dtype_name(module: nn.Module) -> str:
+    found = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return str(found).removeprefix("torch.")
 
 
 def prepare_model(
@@ -142,10 +157,13 @@ def prepare_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     head_rows: int = HEAD_ROWS,
+    profile: str | Path | None = None,
+    fresh: bool = False,
 ) -> Prepared:
     """Resolve, build and trace a transformers model. Reads headers and configuration, no weights.
 
-    A workload longer than the model's context is cut to it.
+    A workload longer than the model's context is cut to it. `profile` is a file to take costs and trace from, else the
+    stored one, or with `fresh` none. Raises CheckpointError, ModelError, ProfileError.
     """
     directory = resolve_model(model, revision=revision)
     if not directory.is_dir():
@@ -154,29 +172,61 @@ def prepare_model(
             f"with a module of your own"
         )
     checkpoint = open_checkpoint(directory)
-    skeleton = build_skeleton(
-        directory,
-        auto_class=auto_class,
-        task=task,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-    )
-    weights = map_weights(skeleton, checkpoint)
-    finish_skeleton(skeleton, weights)
+    drop_idle_pages()  # torch's, lest they come on top of those that the next imports need
+    with lean_imports():
+        skeleton = build_skeleton(
+            directory,
+            auto_class=auto_class,
+            task=task,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
+        weights = map_weights(skeleton, checkpoint)
+        finish_skeleton(skeleton, weights)
     workload = workload.within(max_length(skeleton))
     if not skeleton.can_generate():
         workload = replace(workload, max_new_tokens=0)
+    known = None
+    if not fresh:
+        known = stored_profile(
+            directory, checkpoint, model_class=type(skeleton).__name__, dtype=_dtype_name(skeleton), path=profile
+        )
+    found = trace_at(known, workload) if attn_implementation is None else None
+    tracing_bytes = 0
+    if found is None:
+        found, tracing_bytes = _trace(skeleton, workload)
+    prepared = _prepared(skeleton, checkpoint, weights, found, workload, directory, head_rows)
+    if known is not None and not _covers(known, prepared, must=profile is not None):
+        known = None
+    preparing_bytes = memory_split().anon_bytes + tracing_bytes + CODE_BYTES if tracing_bytes else 0
+    return replace(prepared, known=known, preparing_bytes=preparing_bytes)
+
+
+def _trace(skeleton: nn.Module, workload: Workload) -> tuple[Trace | None, int]:
     inputs = example_inputs(skeleton, batch_size=workload.batch_size, sequence_length=workload.sequence_length)
     if inputs is not None and workload.max_new_tokens and "decoder_input_ids" not in inputs:
         inputs |= {"use_cache": True, "logits_to_keep": 1}
-    found = None
-    if inputs is not None:
-        found = trace(skeleton, (), inputs)
-        if found is None and "logits_to_keep" in inputs:  # a model that does not know the argument
-            del inputs["logits_to_keep"]
-            found = trace(skeleton, (), inputs)
-    return _prepared(skeleton, checkpoint, weights, found, workload, directory, head_rows)
+    if inputs is None:
+        return None, 0
+    found, nbytes = trace_apart(skeleton, (), inputs)
+    if found is None and "logits_to_keep" in inputs:  # a model that does not know the argument
+        del inputs["logits_to_keep"]
+        found, nbytes = trace_apart(skeleton, (), inputs)
+    return found, nbytes
+
+
+def _covers(profile: Profile, prepared: Prepared, *, must: bool) -> bool:
+    """Whether every unit was measured; raises ProfileError if it `must`."""
+    try:
+        for unit in prepared.partition.units:
+            profile.compute_of(unit.name)
+    except ProfileError as error:
+        if must:
+            raise
+        logger.warning("%s (going on with an estimate)", error)
+        return False
+    return True
 
 
 def prepare_module(
@@ -192,7 +242,7 @@ def prepare_module(
     opened = open_checkpoint(path)
     weights = map_weights(module, opened)
     finish_skeleton(module, weights)
-    found = trace(module, args, kwargs or {}) if args or kwargs else None
+    found = trace_apart(module, args, kwargs or {})[0] if args or kwargs else None
     return _prepared(
         module, opened, weights, found, Workload(sequence_length=1, num_forwards=FORWARDS), path, head_rows
     )

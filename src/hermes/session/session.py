@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
 
+import torch
 from torch import nn
 
 from hermes.checkpoint.readers import Reader
@@ -15,12 +16,14 @@ from hermes.memory.probe import find_cgroup
 from hermes.model.binding import Binding
 from hermes.model.units import Granularity
 from hermes.plan import Plan
+from hermes.session.demand import demand_of
 from hermes.session.prepare import Prepared
 
 __all__ = ["MARGIN_BYTES", "Session", "attach", "memory_limit", "start_session"]
 
-MARGIN_BYTES = 12 * 2**20
-"""Part of every budget that is never planned with: page tables and buffers of the kernel, counted by cgroups alone."""
+MARGIN_BYTES = 24 * 2**20
+"""Part of every budget that is never planned with: what the kernel holds for the process (page tables, stacks, inodes:
+14 MiB seen), counted by cgroups alone, and some pages of the cache, without which it evicts code that is in use."""
 
 
 def memory_limit(budget_bytes: int) -> int:
@@ -73,6 +76,7 @@ def start_session(prepared: Prepared, plan: Plan, reader: Reader, *, record: boo
     bounced = any(piece.bounced for block in [*blocks, pinned] for load in block.loads for piece in load.pieces)
     ledger.reserve("floor", plan.floor_bytes)
     ledger.reserve("heap", plan.heap_bytes)
+    ledger.reserve("margin", min(MARGIN_BYTES, ledger.free_bytes))
     num_in_pass = prepared.partition.num_in_pass
     engine = Engine(
         [block.loads for block in blocks],
@@ -99,6 +103,7 @@ def start_session(prepared: Prepared, plan: Plan, reader: Reader, *, record: boo
             partition=prepared.partition,
             block_of_unit=block_of_unit,
             factory=factory,
+            demand=demand_of(prepared, plan.heap_bytes),
         )
     except BaseException:
         engine.close()
@@ -120,7 +125,7 @@ def start_session(prepared: Prepared, plan: Plan, reader: Reader, *, record: boo
 
 
 def attach(module: nn.Module, session: Session) -> nn.Module:
-    """Make `module` carry its session as `module.hermes`, and a context manager that closes it."""
+    """Make `module` carry its session as `module.hermes`, be on the CPU, and close with a `with` block."""
 
     def enter(self: Any) -> Any:
         return self
@@ -131,7 +136,11 @@ def attach(module: nn.Module, session: Session) -> nn.Module:
         self.hermes.close()
 
     cls = type(module)
-    namespace = {"__enter__": enter, "__exit__": leave, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    namespace: dict[str, Any] = {
+        "__enter__": enter, "__exit__": leave, "__module__": cls.__module__, "__qualname__": cls.__qualname__
+    }  # fmt: skip
+    if hasattr(cls, "device"):  # where transformers puts inputs; the placeholders' would be the meta device
+        namespace["device"] = torch.device("cpu")
     module.__class__ = type(cls.__name__, (cls,), namespace)
     object.__setattr__(module, "hermes", session)
     return module

@@ -6,8 +6,9 @@ from hermes.model.trace import Trace
 
 __all__ = ["Workload", "heap_bytes"]
 
-HEAP_SLACK_BYTES = 24 * 2**20
-"""For what no trace sees: the allocator's own rounding, packing buffers inside kernels, Python objects of a run."""
+HEAP_SLACK_BYTES = 36 * 2**20
+"""For what no trace sees: code pages of kernels that were not run before (up to 20 MiB), the allocator's own rounding,
+packing buffers inside kernels, Python objects of a run."""
 UNTRACED_HEAP_BYTES = 64 * 2**20
 """Activations of a module that could not be traced, until its first pass has shown otherwise."""
 LOGITS_COPIES = 4

@@ -36,9 +36,13 @@ class BatchStreamer(BaseStreamer):  # type: ignore[misc]
         self._streams: list[_Stream] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompts [prompt, token] first, then one new token for each prompt [prompt]."""
+        """Take the prompts [prompt, token] first, then a new token for each [prompt], or several for one [1, token]."""
         if not self._streams:
             self._streams = [_Stream() for _ in range(value.shape[0])]
+            return
+        if value.ndim > 1:
+            for column in value.unbind(1):
+                self.put(column)
             return
         for prompt, (stream, token) in enumerate(zip(self._streams, value.tolist(), strict=True)):
             if stream.is_done:

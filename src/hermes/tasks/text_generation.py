@@ -2,15 +2,29 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from hermes.errors import InputError
+from hermes.errors import InputError, ModelError
+from hermes.model.lean import lean_imports
 from hermes.tasks.detect import context_tokens, is_encoder_decoder
 from hermes.tasks.text import encode_texts
 
-__all__ = ["GenerateOptions", "Generated", "check_context", "encode_prompts", "generate_text"]
+__all__ = [
+    "PROMPT_LOOKUP",
+    "GenerateOptions",
+    "Generated",
+    "check_context",
+    "encode_prompts",
+    "generate_text",
+    "load_draft",
+]
+
+PROMPT_LOOKUP = "prompt-lookup"
+DRAFT_TOKENS = 7
+"""Guessed at a time: with the token that follows, a pass is over eight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +39,8 @@ class GenerateOptions:
     repetition_penalty: float | None = None
     seed: int | None = None
     """Of the sampling; greedy output does not depend on it."""
+    draft: str | None = None
+    """PROMPT_LOOKUP, or the directory of a small model of the same vocabulary: several tokens are checked in a pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +84,7 @@ def generate_text(
     prompts: Sequence[str],
     options: GenerateOptions,
     on_token: Callable[[int, str], None] | None = None,
+    draft_model: Any = None,
 ) -> list[Generated]:
     """Go on from all prompts at once; one sweep over the weights serves them all. Blocking.
 
@@ -77,6 +94,7 @@ def generate_text(
         prompts: texts, in any lengths.
         options: how to choose tokens.
         on_token: called with (prompt number, new text) at each token.
+        draft_model: from `load_draft`, where the options name one.
 
     Raises:
         InputError: an empty prompt, or one that is too long for the model: before any weight is used.
@@ -91,6 +109,10 @@ def generate_text(
         for name in ("temperature", "top_k", "top_p", "repetition_penalty")
         if (value := getattr(options, name)) is not None
     }
+    if options.draft == PROMPT_LOOKUP:
+        arguments["prompt_lookup_num_tokens"] = DRAFT_TOKENS
+    elif draft_model is not None:
+        arguments["assistant_model"] = draft_model
     if on_token is not None:
         from hermes.tasks.streaming import BatchStreamer
 
@@ -111,6 +133,34 @@ def generate_text(
         text = tokenizer.decode(ids[:end], skip_special_tokens=True)
         results.append(Generated(prompt=prompt, text=text, token_ids=tuple(ids[:end])))
     return results
+
+
+def load_draft(directory: Path, config: Mapping[str, Any], *, trust_remote_code: bool) -> Any:
+    """A small model, all of it in memory, that guesses tokens for one with `config`. Blocking.
+
+    Load it before the large one is planned: what it takes then counts as this process's floor. Raises ModelError where
+    it cannot be loaded, InputError where it has another vocabulary.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with lean_imports():
+        try:
+            draft = AutoModelForCausalLM.from_pretrained(
+                str(directory), dtype="auto", trust_remote_code=trust_remote_code, local_files_only=True
+            ).eval()
+        # Everything: transformers has no error of its own for what is no model.
+        except Exception as error:
+            raise ModelError(f"{directory}: cannot be the draft: {' '.join(str(error).split())[:300]}") from error
+    if draft.config.vocab_size != config.get("vocab_size"):
+        raise InputError(
+            f"the draft {directory} has a vocabulary of {draft.config.vocab_size}, the model one of "
+            f"{config.get('vocab_size')}; use a draft of the same family"
+        )
+    draft.generation_config.num_assistant_tokens = DRAFT_TOKENS
+    draft.generation_config.num_assistant_tokens_schedule = (
+        "heuristic"  # more after a good guess, fewer after a bad one
+    )
+    return draft
 
 
 def _end_ids(model: Any) -> frozenset[int]:

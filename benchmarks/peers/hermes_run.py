@@ -1,0 +1,50 @@
+"""Hermes itself.
+
+python hermes_run.py MODEL BUDGET [streamed|sequential|nothing-resident]
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from hermes.memory.allocator import keep_heap_tight
+
+keep_heap_tight()
+import torch  # noqa: E402
+from work import ENCODER_TOKENS, NEW_TOKENS, PROMPT_TOKENS, Work, report  # noqa: E402
+
+import hermes  # noqa: E402
+import hermes.api  # noqa: E402
+
+
+def main() -> None:
+    work, budget, mode = Work(Path(sys.argv[1])), sys.argv[2], (*sys.argv[3:], "streamed")[0]
+    torch.set_grad_enabled(False)
+    start = time.perf_counter()
+    module = hermes.load(
+        work.model,
+        budget=budget,
+        auto_class=work.auto_class,
+        sequence_length=PROMPT_TOKENS if work.generates else ENCODER_TOKENS,
+        max_new_tokens=NEW_TOKENS,
+        sequential=mode == "sequential",
+        resident_bytes=0 if mode == "nothing-resident" else None,
+    )
+    load_seconds = time.perf_counter() - start
+    session = module.hermes
+    outputs = work.perform(module)
+    plan, stats = session.plan, session.stats
+    report(
+        load_seconds=load_seconds,
+        pass_seconds=stats.pass_seconds,
+        outputs=outputs,
+        predicted_seconds=plan.first_pass_seconds + (len(stats.pass_seconds) - 1) * plan.steady_pass_seconds,
+        predicted_peak_bytes=plan.peak_bytes,
+        steady_bytes=stats.pass_bytes[-1],
+        floor_bytes=plan.floor_bytes,
+        num_agents=plan.num_agents,
+        granularity=plan.granularity,
+    )
+
+
+main()

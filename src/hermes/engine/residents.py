@@ -1,0 +1,83 @@
+"""The resident store: loads that stay in memory between passes, where they lie, and which of them go first."""
+
+from collections.abc import Callable, Sequence, Set
+
+from hermes.memory.arena import Arena
+from hermes.memory.ledger import Ledger
+from hermes.pipeload import Load, Pipeline, Place
+
+__all__ = ["Residents"]
+
+
+class Residents:
+    """Reserves and holds what is kept. Not thread-safe: the engine calls it under its lock.
+
+    Args:
+        blocks: the loads of each block.
+        kept: for each block, the numbers of those that stay.
+        pinned: loads that stay and belong to no block; never given back.
+        ledger: its account "resident" is this store's.
+
+    Raises BudgetError from the constructor, before any memory is taken.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Sequence[Load]], kept: Sequence[Set[int]], pinned: Sequence[Load], ledger: Ledger
+    ) -> None:
+        self.evicted_bytes = 0
+        self._blocks = blocks
+        self._ledger = ledger
+        self._leaving_bytes = 0  # given back, and still in use
+        self._slots: dict[tuple[int, int], int] = {}  # (block, load) -> offset in the store
+        self._pinned: list[tuple[Load, int]] = []
+        offset = 0
+        for load in pinned:
+            self._pinned.append((load, offset))
+            offset += load.slot_bytes
+        for block, loads in enumerate(kept):
+            for number in sorted(loads):
+                self._slots[block, number] = offset
+                offset += blocks[block][number].slot_bytes
+        ledger.reserve("resident", offset)
+        self.store = Arena(offset)
+
+    def pinned_slots(self) -> list[tuple[Load, memoryview]]:
+        """What is pinned, and the memory it goes to."""
+        return [(load, self.store.view[offset : offset + load.slot_bytes]) for load, offset in self._pinned]
+
+    def pinned_places(self) -> list[Place]:
+        """Where it lies, in order."""
+        return [Place(resident=True, offset=offset + load.data_offset) for load, offset in self._pinned]
+
+    def slot(self, block: int, number: int) -> int:
+        """Offset of a load's slot."""
+        return self._slots[block, number]
+
+    def evict(self, nbytes: int, pipeline: Pipeline, give_back: Callable[[int, int], None], *, at_once: bool) -> int:
+        """Give loads back, from the block that keeps most, until `nbytes` are free; the bytes that are, or will be.
+
+        What a block under way still needs is counted (unless `at_once`) and goes when that visit is over.
+        """
+        freed = 0 if at_once else self._leaving_bytes
+        sizes: dict[int, int] = {}
+        for block, number in self._slots:
+            sizes[block] = sizes.get(block, 0) + self._blocks[block][number].slot_bytes
+        candidates = sorted(self._slots, key=lambda key: -sizes[key[0]])
+        for idle in (True,) if at_once else (True, False):
+            for block, number in candidates:
+                if freed >= nbytes:
+                    return freed
+                if pipeline.can_evict(block, number) and (pipeline.is_idle(block) or not idle):
+                    slot_bytes = self._blocks[block][number].slot_bytes
+                    self._leaving_bytes += slot_bytes
+                    freed += slot_bytes
+                    give_back(block, number)
+        return freed
+
+    def discard(self, block: int, number: int) -> None:
+        """Nobody uses the load any more: its memory goes."""
+        slot_bytes = self._blocks[block][number].slot_bytes
+        self.store.discard(self._slots.pop((block, number)), slot_bytes)
+        self._ledger.reserve("resident", self._ledger.accounts["resident"] - slot_bytes)
+        self._leaving_bytes -= slot_bytes
+        self.evicted_bytes += slot_bytes

@@ -1,0 +1,75 @@
+"""What a pass will take besides weights, from the shapes of its inputs: foreseen before it grows, not after."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hermes.model.inputs import PassShape, pass_shape, vocabulary_size
+from hermes.model.mapping import is_transformers_model
+from hermes.model.trace import Trace
+from hermes.session.prepare import Prepared
+from hermes.session.workload import LOGITS_COPIES, Workload
+
+__all__ = ["Demand", "demand_of"]
+
+SCORE_COPIES = 3
+"""Attention that is written out holds its scores, their mask and their softmax."""
+
+
+def demand_of(prepared: Prepared, heap_bytes: int) -> Callable[[Sequence[Any], Mapping[str, Any]], int]:
+    """For a transformers model that was traced; of another nobody knows, and what the plan has set aside must do."""
+    module = prepared.module
+    if prepared.trace is None or not is_transformers_model(module):
+        return lambda args, kwargs: heap_bytes
+    config = getattr(module, "config", None)
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    return Demand(
+        planned=prepared.workload,
+        trace=prepared.trace,
+        heap_bytes=heap_bytes,
+        vocabulary_size=vocabulary_size(module) if prepared.workload.max_new_tokens else 0,
+        eager_heads=int(getattr(config, "num_attention_heads", 0) or 0) if eager else 0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """Scales what was traced for the planned shape to the shape at hand.
+
+    Attributes:
+        planned: the shape that was traced.
+        trace: of it.
+        heap_bytes: what the plan has set aside.
+        vocabulary_size: scores for each position that a head computes; 0 without a head.
+        eager_heads: of attention that writes its scores out; 0 if it does not.
+    """
+
+    planned: Workload
+    trace: Trace
+    heap_bytes: int
+    vocabulary_size: int
+    eager_heads: int
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """Bytes of heap for a pass with these inputs; what the plan has set aside at least. Microseconds."""
+        shape = pass_shape(args, kwargs)
+        return self.heap_bytes if shape is None else max(self.heap_bytes, self._bytes(shape))
+
+    def _bytes(self, shape: PassShape) -> int:
+        planned, trace = self.planned, self.trace
+        planned_tokens = planned.batch_size * (planned.sequence_length if shape.tokens is not None else 1)
+        tokens = shape.batch_size * (shape.tokens or 1)
+        more = max(0.0, tokens / planned_tokens - 1)
+        activations = (trace.peak_bytes - trace.cache_bytes) * more
+        length = shape.past_tokens + (shape.tokens or 0)
+        cache = (
+            trace.cache_bytes
+            / planned_tokens
+            * (shape.batch_size * length - planned.batch_size * (planned.sequence_length + planned.max_new_tokens))
+        )
+        positions = max(0, tokens - planned.batch_size) if shape.all_logits else 0
+        scores = 4 * self.vocabulary_size * max(positions, LOGITS_COPIES * (shape.batch_size - planned.batch_size))
+        eager = (
+            SCORE_COPIES * 4 * self.eager_heads * (tokens * length - planned.batch_size * planned.sequence_length**2)
+        )
+        return self.heap_bytes + int(activations + max(0, scores) + max(0, eager) + max(0.0, cache))

@@ -1,0 +1,162 @@
+"""A file of records (JSON lines) to be worked through: reading it, batching it, and a journal that a kill cannot hurt.
+
+What is done with a record is in the other modules of this package; `hermes.cli.batch` puts the two together.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hermes.errors import InputError
+
+__all__ = ["Journal", "Record", "make_batches", "read_records"]
+
+TEXT_FIELDS = ("text", "prompt")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One line: its text, and what else it has, which is handed through."""
+
+    index: int
+    text: str
+    fields: Mapping[str, Any]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Records of a JSONL file: strings, or objects with "text" or "prompt"; empty lines are passed over.
+
+    Raises InputError, naming the line, before anything is done with the others.
+    """
+    records: list[Record] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    records.append(_record(line, len(records), f"{path}, line {number}"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not records:
+        raise InputError(f"{path} has no records; give one JSON string or object a line")
+    return records
+
+
+def _record(line: str, index: int, place: str) -> Record:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{place}: not JSON ({error})") from error
+    fields = value if isinstance(value, dict) else {}
+    text = value if isinstance(value, str) else next((fields[name] for name in TEXT_FIELDS if name in fields), None)
+    if not isinstance(text, str) or not text:
+        raise InputError(f'{place}: needs a string, or an object with "text" or "prompt" that is not empty')
+    return Record(index=index, text=text, fields=fields)
+
+
+def make_batches(
+    lengths: Sequence[int], *, batch_size: int | None = None, batch_tokens: int | None = None
+) -> list[list[int]]:
+    """Indices in batches of records of like length, longest first, so that what does not fit fails at once.
+
+    A batch has `batch_size` records at most, and, padded to its longest, `batch_tokens` tokens (but one record at
+    least).
+
+    **Guarantee.** Each index is in exactly one batch.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        batch = batches[-1] if batches else None
+        if (
+            batch is None
+            or (batch_size is not None and len(batch) >= batch_size)
+            or (batch_tokens is not None and (len(batch) + 1) * lengths[batch[0]] > batch_tokens)
+        ):
+            batches.append([index])
+        else:
+            batch.append(index)
+    return batches
+
+
+class Journal:
+    """Results as they come, in a file beside the output that a later run goes on from.
+
+    Args:
+        output: appears when everything is done, whole; until then there is `output`.partial.
+        job: whatever the results depend on; a journal of another job is refused.
+
+    **Guarantees.** A batch of results is on disk before `add` returns. A run that is killed at any moment loses the
+    batch under way and nothing else.
+
+    Raises InputError if the output exists, cannot be written, or its journal belongs to another job.
+    """
+
+    def __init__(self, output: Path, job: Mapping[str, Any]) -> None:
+        self._output = output
+        self._path = output.with_name(output.name + ".partial")
+        self._places: dict[int, int] = {}  # index -> where its line begins
+        if output.exists():
+            raise InputError(f"{output} exists; remove it, or name another output")
+        header = json.dumps({"job": hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()}) + "\n"
+        try:
+            self._file = self._path.open("a+b")
+            self._resume(header.encode())
+        except OSError as error:
+            raise InputError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+    @property
+    def done(self) -> frozenset[int]:
+        """Indices of the records that have results."""
+        return frozenset(self._places)
+
+    def add(self, results: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+        """Keep results by index. Blocking, until they are on disk."""
+        for index, result in results:
+            self._places[index] = self._file.tell()
+            self._file.write(json.dumps({"index": index, **result}, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """Write the output in the order of the input, let it appear at once, and remove the journal."""
+        whole = self._output.with_name(self._output.name + ".whole")
+        with whole.open("wb") as file:
+            for _, place in sorted(self._places.items()):
+                self._file.seek(place)
+                file.write(self._file.readline())
+            file.flush()
+            os.fsync(file.fileno())
+        whole.replace(self._output)
+        self._file.close()
+        self._path.unlink()
+
+    def _resume(self, header: bytes) -> None:
+        self._file.seek(0)
+        first = self._file.readline()
+        if first and first.endswith(b"\n") and first != header:
+            self._file.close()
+            raise InputError(
+                f"{self._path} is from a run with other inputs, model or options; repeat those, or remove it"
+            )
+        place = len(first)
+        for line in self._file:
+            if not line.endswith(b"\n"):  # cut off by a kill
+                break
+            self._places[json.loads(line)["index"]] = place
+            place += len(line)
+        self._file.truncate(place if first == header else 0)
+        self._file.seek(0, os.SEEK_END)
+        if first != header:
+            self._file.write(header)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

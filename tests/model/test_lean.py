@@ -1,0 +1,82 @@
+"""A process that runs a model does without what only compilers and clusters need."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hermes.checkpoint.synth import synth
+from hermes.model.inputs import example_inputs
+from hermes.model.trace import trace, trace_apart
+from hermes.session import Workload, prepare_model
+
+PREPARE = """
+import sys
+from hermes.session import Workload, prepare_model
+prepared = prepare_model(sys.argv[1], workload=Workload(max_new_tokens=4))
+assert prepared.trace is not None
+heavy = {"sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+LATE = """
+import sys
+import torch
+from hermes.model.lean import lean_imports
+with lean_imports():
+    from torch._dynamo import allow_in_graph
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+    assert allow_in_graph(len) is len
+    assert not isinstance(1, BlockMask)
+assert "torch._dynamo" not in sys.modules and "torch.nn.attention.flex_attention" not in sys.modules
+mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 128, 128, device="cpu")
+from torch.nn.attention import flex_attention
+assert isinstance(mask, flex_attention.BlockMask) and isinstance(mask, BlockMask)
+import torch._dynamo
+assert torch._dynamo.allow_in_graph is not allow_in_graph
+"""
+
+PLAIN_AFTERWARDS = """
+import sys
+from hermes.session import Workload, prepare_model
+prepare_model(sys.argv[1], workload=Workload())
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, pad_token_id=0)
+assert torch.distributed.is_available()
+"""
+
+
+def run(script: str, *args: str) -> None:
+    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arch", ["tiny-bert", "tiny-vit", "tiny-gpt2", "tiny-gpt-j", "tiny-llama"])
+def test_preparing_a_model_leaves_the_compiler_out(arch: str, tmp_path: Path) -> None:
+    run(PREPARE, str(synth(arch, tmp_path / arch)))
+
+
+def test_what_was_put_off_is_the_real_thing_when_used() -> None:
+    run(LATE)
+
+
+def test_plain_transformers_works_in_the_same_process(tmp_path: Path) -> None:
+    run(PLAIN_AFTERWARDS, str(synth("tiny-llama", tmp_path / "model")))
+
+
+def test_a_trace_in_a_child_is_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare_model(synth("tiny-gpt2", tmp_path / "model"), workload=Workload(max_new_tokens=4))
+    inputs = example_inputs(prepared.module, batch_size=2, sequence_length=8)
+    assert inputs is not None
+    here = trace(prepared.module, (), inputs)
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    monkeypatch.setattr("hermes.model.trace._run", None)  # the child has none either, so a fallback would be seen
+    assert here is not None
+    assert trace_apart(prepared.module, (), inputs)[0] is None
+    monkeypatch.undo()
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    found, nbytes = trace_apart(prepared.module, (), inputs)
+    assert found == here
+    assert nbytes > 0
