@@ -10,6 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hermes.cli.options import (
+    SEQUENCE_LENGTH,
+    Agents,
+    Batch,
+    Budget,
+    Dtype,
+    Granularity,
+    Model,
+    ProfileFile,
+    ResidentBytes,
+    Revision,
+    SequenceLength,
+    Sequential,
+    Task,
+    TrustRemoteCode,
+    plan_choices,
+)
 from hermes.errors import InputError
 from hermes.units import format_bytes, parse_bytes
 
@@ -17,21 +34,17 @@ if TYPE_CHECKING:
     from hermes.plan import Plan
     from hermes.session import Prepared, Workload
 
-__all__ = ["SEQUENCE_LENGTH", "plan", "plan_document", "settle_workload", "write_json"]
+__all__ = ["plan", "plan_document", "settle_workload", "write_json"]
 
 MAX_NEW_TOKENS = 128
 """Asked of a model that generates, unless --new-tokens says otherwise; fewer if it has no positions for them."""
-SEQUENCE_LENGTH = 128
-"""Likewise, for --seq."""
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Directory in Hugging Face layout, or Hub id.")],
-    budget: Annotated[str | None, typer.Option(help="Memory of the whole process, as 700MiB or 1.5GiB.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences or images at a time.")] = 1,
-    seq: Annotated[
-        int | None, typer.Option(min=1, help=f"Tokens of each text or prompt; else {SEQUENCE_LENGTH}.")
-    ] = None,
+    model: Model,
+    budget: Budget = None,
+    batch: Batch = 1,
+    seq: SequenceLength = None,
     new_tokens: Annotated[
         int | None, typer.Option(min=0, help=f"Tokens to generate; {MAX_NEW_TOKENS} for models that generate.")
     ] = None,
@@ -40,32 +53,21 @@ def plan(
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write JSON to a file; - for standard output alone.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as stored.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Profile to plan with; else the stored one.")] = None,
-    agents: Annotated[int | None, typer.Option(min=1, help="Loading Agents; else the planner's choice.")] = None,
-    granularity: Annotated[str | None, typer.Option(help="leaf, half or layer; else the planner's choice.")] = None,
-    resident_bytes: Annotated[
-        str | None, typer.Option(help="Weights kept between passes; 0 streams every block; else all that fit.")
-    ] = None,
-    sequential: Annotated[bool, typer.Option("--sequential", help="Load and compute in turns.")] = False,
-    task: Annotated[str | None, typer.Option(help="As transformers names it; else from the configuration.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow model code that comes with the checkpoint.")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
+    dtype: Dtype = None,
+    profile: ProfileFile = None,
+    agents: Agents = None,
+    granularity: Granularity = None,
+    resident_bytes: ResidentBytes = None,
+    sequential: Sequential = False,
+    task: Task = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
 ) -> None:
     """Predict what a run inside a memory budget costs; with --sweep, latency against budget."""
     if budget is None and not (sweep or plot):
         raise InputError("plan needs --budget (as 700MiB), or --sweep for all budgets that work")
-    if granularity not in (None, "leaf", "half", "layer"):
-        raise InputError(f"unknown granularity {granularity!r}; choose leaf, half or layer")
+    choices = plan_choices(agents=agents, granularity=granularity, resident_bytes=resident_bytes, sequential=sequential)
     budget_bytes = None if budget is None else parse_bytes(budget)
-    choices: dict[str, Any] = {
-        "num_agents": agents,
-        "granularity": granularity,
-        "resident_bytes": _resident_bytes(resident_bytes),
-        "sequential": sequential,
-    }
     if plot is not None:
         from hermes.report.plot import check_plot_path
 
@@ -162,11 +164,6 @@ def _print(
         console.print(budget_table(settled))
     if plans:
         console.print(sweep_table(plans))
-
-
-def _resident_bytes(text: str | None) -> int | None:
-    """0 is a choice here, though no size of memory to anybody else."""
-    return None if text is None else 0 if text.strip() == "0" else parse_bytes(text)
 
 
 def settle_workload(

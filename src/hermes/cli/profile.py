@@ -9,30 +9,27 @@ from typing import Annotated
 
 import typer
 
-from hermes.cli.plan import SEQUENCE_LENGTH, settle_workload
+from hermes.cli.options import Batch, Dtype, Model, Revision, SequenceLength, Task, TrustRemoteCode
+from hermes.cli.plan import settle_workload
 from hermes.units import format_bytes, format_rate
 
 __all__ = ["profile"]
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="Directory in Hugging Face layout, or Hub id.")],
-    batch: Annotated[int, typer.Option(min=1, help="Sequences or images at a time.")] = 1,
-    seq: Annotated[
-        int | None, typer.Option(min=1, help=f"Tokens of each text or prompt; else {SEQUENCE_LENGTH}.")
-    ] = None,
+    model: Model,
+    batch: Batch = 1,
+    seq: SequenceLength = None,
     new_tokens: Annotated[int | None, typer.Option(min=0, help="0 leaves passes over single tokens out.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as stored.")] = None,
+    dtype: Dtype = None,
     json_file: Annotated[
         str | None,
         typer.Option("--json", metavar="FILE", help="Write the profile to a file too; - for standard output."),
     ] = None,
     units: Annotated[bool, typer.Option("--units", help="A row for each unit, not for each layer.")] = False,
-    task: Annotated[str | None, typer.Option(help="As transformers names it; else from the configuration.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow model code that comes with the checkpoint.")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
+    task: Task = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
 ) -> None:
     """Measure what each layer of a model costs on this machine; `hermes plan` and `hermes run` then use it."""
     from hermes import api

@@ -5,7 +5,6 @@ What is done with the inputs is in `jobs`, the run itself in `execute`, how its 
 """
 
 import json
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,20 @@ import typer
 from hermes.checkpoint import open_checkpoint, resolve_model
 from hermes.cli.execute import run_resident, run_streamed
 from hermes.cli.jobs import Inputs, make_job
+from hermes.cli.options import (
+    Agents,
+    Budget,
+    Dtype,
+    Granularity,
+    Model,
+    ProfileFile,
+    ResidentBytes,
+    Revision,
+    Sequential,
+    Task,
+    TrustRemoteCode,
+    plan_choices,
+)
 from hermes.errors import BudgetError, InputError
 from hermes.memory.allocator import keep_heap_tight
 from hermes.units import format_bytes, parse_bytes
@@ -27,8 +40,8 @@ __all__ = ["run"]
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Directory in Hugging Face layout, or Hub id.")],
-    budget: Annotated[str | None, typer.Option(help="Memory of the whole process, as 700MiB or 1.5GiB.")] = None,
+    model: Model,
+    budget: Budget = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to go on from; repeatable. Else standard input.")
     ] = None,
@@ -62,20 +75,16 @@ def run(
         int | None, typer.Option(min=1, help="Records of --input at a time; else as many as the budget has room for.")
     ] = None,
     resident: Annotated[bool, typer.Option("--resident", help="Plain transformers, all weights in memory.")] = False,
-    sequential: Annotated[bool, typer.Option("--sequential", help="Load and compute in turns.")] = False,
-    agents: Annotated[int | None, typer.Option(min=1, help="Loading Agents; else the planner's choice.")] = None,
-    granularity: Annotated[str | None, typer.Option(help="leaf, half or layer; else the planner's choice.")] = None,
-    resident_bytes: Annotated[
-        str | None, typer.Option(help="Weights kept between passes; 0 streams every block; else all that fit.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as stored.")] = None,
+    sequential: Sequential = False,
+    agents: Agents = None,
+    granularity: Granularity = None,
+    resident_bytes: ResidentBytes = None,
+    dtype: Dtype = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of sampling.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Profile to plan with; else the stored one.")] = None,
-    task: Annotated[str | None, typer.Option(help="As transformers names it; else from the configuration.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Allow model code that comes with the checkpoint.")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
+    profile: ProfileFile = None,
+    task: Task = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of all agents to this file.")] = None,
 ) -> None:
@@ -91,13 +100,8 @@ def run(
     }
     _check_sampling(options)
     budget_bytes = _budget(budget, resident=resident)
-    choices: dict[str, Any] = {
-        "num_agents": agents,
-        "granularity": _granularity(granularity),
-        "resident_bytes": _resident_bytes(resident_bytes),
-        "sequential": sequential,
-        "profile": profile,
-    }
+    choices = plan_choices(agents=agents, granularity=granularity, resident_bytes=resident_bytes, sequential=sequential)
+    choices["profile"] = profile
     if trace is not None and (resident or not trace.parent.is_dir()):
         raise InputError(
             "--trace needs the engine, which --resident does without"
@@ -188,19 +192,6 @@ def _budget(budget: str | None, *, resident: bool) -> int | None:
         raise BudgetError("run needs --budget (as 700MiB), or --resident to hold all weights in memory")
     budget_bytes = None if budget is None else parse_bytes(budget)
     return None if resident else budget_bytes
-
-
-def _granularity(granularity: str | None) -> str | None:
-    if granularity not in (None, "leaf", "half", "layer"):
-        raise InputError(f"unknown granularity {granularity!r}; choose leaf, half or layer")
-    return granularity
-
-
-def _resident_bytes(text: str | None) -> int | None:
-    """A size; 0 is one here."""
-    if text is None:
-        return None
-    return 0 if re.fullmatch(r"\s*0+\s*[A-Za-z]*", text) else parse_bytes(text)
 
 
 def _check_sampling(options: dict[str, Any]) -> None:
