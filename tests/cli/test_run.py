@@ -40,7 +40,9 @@ def invoke(monkeypatch):
     """Run in this process. Its settings of logging end with the test."""
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     log, loud = logging.getLogger("hermes"), logging.getLogger("transformers.modeling_utils")
-    before = log.handlers, log.level, log.propagate, loud.level
+    chatter = logging.getLogger("transformers")  # an earlier test may have imported it with its voice
+    before = log.handlers, log.level, log.propagate, loud.level, chatter.level
+    chatter.setLevel(logging.ERROR)
 
     def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
         from hermes.cli.app import app
@@ -50,7 +52,7 @@ def invoke(monkeypatch):
         return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
     yield run
-    log.handlers, log.level, log.propagate, loud.level = before
+    log.handlers, log.level, log.propagate, loud.level, chatter.level = before
 
 
 def hermes(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
