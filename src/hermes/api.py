@@ -12,6 +12,7 @@ from torch import nn
 from hermes.checkpoint.readers import Reader
 from hermes.errors import InputError
 from hermes.memory.allocator import keep_heap_tight
+from hermes.memory.warm import Warmed
 from hermes.plan import Plan, Problem, make_plan, smallest_budget
 from hermes.profile import (
     Profile,
@@ -31,6 +32,8 @@ from hermes.session import (
     prepare_model,
     prepare_module,
     start_session,
+    start_warm_up,
+    touch_when_warm,
 )
 from hermes.units import parse_bytes
 
@@ -218,10 +221,15 @@ def open_session(
 ) -> tuple[Prepared, Session]:
     """Prepare, plan and start; `load` without the dressing."""
     keep_heap_tight()
-    prepared = _prepare(model, workload, {**options, "profile": profile})
+    warm_up = start_warm_up(model, options.get("revision"), budget_bytes, workload)
+    try:
+        prepared = _prepare(model, workload, {**options, "profile": profile})
+    finally:
+        warmed = warm_up.stop()
     session = _start(
         prepared,
         budget_bytes,
+        warmed=warmed,
         num_agents=num_agents,
         granularity=granularity,
         resident_bytes=resident_bytes,
@@ -232,9 +240,11 @@ def open_session(
     return prepared, session
 
 
-def settle_plan(prepared: Prepared, reader: Reader, budget_bytes: int, **choices: Any) -> tuple[Plan, Profile]:
+def settle_plan(
+    prepared: Prepared, reader: Reader, budget_bytes: int, *, warmed: Warmed | None = None, **choices: Any
+) -> tuple[Plan, Profile]:
     """The plan for a prepared model, and the profile it rests on: the one it was prepared with, or an estimate."""
-    problem, known = pose_problem(prepared, reader)
+    problem, known = pose_problem(prepared, reader, warmed)
     settled = make_plan(
         problem,
         budget_bytes=budget_bytes,
@@ -245,7 +255,7 @@ def settle_plan(prepared: Prepared, reader: Reader, budget_bytes: int, **choices
     return settled, known
 
 
-def pose_problem(prepared: Prepared, reader: Reader) -> tuple[Problem, Profile]:
+def pose_problem(prepared: Prepared, reader: Reader, warmed: Warmed | None = None) -> tuple[Problem, Profile]:
     """What the planner is asked about a prepared model in this process, and the profile its costs come from."""
     floor_bytes = measure_floor(prepared)
     factory = prepared.factory(reader.alignment, PLANNING_PIECE_BYTES)
@@ -255,6 +265,8 @@ def pose_problem(prepared: Prepared, reader: Reader) -> tuple[Problem, Profile]:
     else:
         bandwidths = refresh_bandwidths(known.bandwidths, prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES)
         known = replace(known, bandwidths=tuple(bandwidths))
+    if warmed is not None:
+        known = replace(known, touch_seconds_per_byte=touch_when_warm(known.touch_seconds_per_byte, warmed))
     return prepared.problem(known, factory, floor_bytes=floor_bytes), known
 
 
@@ -298,11 +310,12 @@ def _start(
     budget_bytes: int,
     *,
     record: bool,
+    warmed: Warmed | None = None,
     **choices: Any,
 ) -> Session:
     reader = prepared.reader()
     try:
-        settled, _ = settle_plan(prepared, reader, budget_bytes, **choices)
+        settled, _ = settle_plan(prepared, reader, budget_bytes, warmed=warmed, **choices)
     except BaseException:
         reader.close()
         raise

@@ -140,7 +140,7 @@ def _diagnose(model: str | None, path: Path) -> Diagnosis:
     import psutil
 
     from hermes.checkpoint import open_checkpoint, resolve_model
-    from hermes.memory.probe import available_bytes, find_cgroup
+    from hermes.memory.probe import available_bytes, find_cgroup, num_cores
 
     floor = _floor()
     if model is None:
@@ -153,7 +153,7 @@ def _diagnose(model: str | None, path: Path) -> Diagnosis:
     floor_bytes = sum(int(floor[name]) for name in ("anon_bytes", "file_bytes", "shmem_bytes"))
     cgroup = find_cgroup()
     return Diagnosis(
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=num_cores(),
         instruction_sets=instruction_sets(_cpuinfo()),
         torch=str(floor["torch"]),
         threads=int(floor["threads"]),

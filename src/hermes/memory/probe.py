@@ -22,6 +22,7 @@ __all__ = [
     "mapped_bytes",
     "memory_pressure",
     "memory_split",
+    "num_cores",
     "own_bytes",
     "peak_resident_bytes",
     "process_read_bytes",
@@ -130,6 +131,11 @@ def available_bytes() -> int:
     """Memory this machine could hand out without swapping, cgroups aside; off Linux all it has."""
     available = _table(Path("/proc/meminfo")).get("MemAvailable")
     return available * 1024 if available is not None else os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def major_faults() -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 __all__ = ["TOUCH_STEP_BYTES", "Bandwidth", "Plan", "Problem", "UnitCost"]
 
-TOUCH_STEP_BYTES = 256 * 2**20
+TOUCH_STEP_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

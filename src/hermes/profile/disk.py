@@ -1,7 +1,5 @@
 """How fast the checkpoint's disk gives its bytes to so many agents, and memory takes them in."""
 
-import ctypes
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from dataclasses import replace
 from hermes.checkpoint.index import Checkpoint
 from hermes.checkpoint.readers import Reader
 from hermes.memory.arena import Arena
+from hermes.memory.probe import num_cores
 from hermes.profile.records import BandwidthRecord
 
 __all__ = [
@@ -96,21 +95,16 @@ def measure_touch(nbytes: int, *, step_bytes: int, chunk_bytes: int = 16 * MIB) 
     arenas: list[Arena] = []
     seconds = []
     num_chunks = max(1, min(nbytes, step_bytes) // chunk_bytes)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         for _ in range(max(1, nbytes // (num_chunks * chunk_bytes))):
             chunks = [Arena(chunk_bytes) for _ in range(num_chunks)]
             arenas += chunks
             start = time.perf_counter()
-            list(pool.map(_touch, chunks))
+            list(pool.map(Arena.touch, chunks))
             seconds.append((time.perf_counter() - start) / (num_chunks * chunk_bytes))
     for arena in arenas:
         arena.close()
     return tuple(seconds)
-
-
-def _touch(arena: Arena) -> None:
-    """Have every page there; lets other threads run meanwhile."""
-    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(arena.view)), 0, arena.nbytes)
 
 
 def _places(checkpoint: Checkpoint, piece_bytes: int) -> list[tuple[int, int]]:
@@ -127,7 +121,7 @@ def _places(checkpoint: Checkpoint, piece_bytes: int) -> list[tuple[int, int]]:
 def _read(reader: Reader, places: Sequence[tuple[int, int]], num_agents: int, piece_bytes: int) -> float:
     arenas = [Arena(piece_bytes) for _ in range(num_agents)]
     for arena in arenas:
-        _touch(arena)
+        arena.touch()
 
     def agent(number: int) -> int:
         return sum(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from hermes.memory.probe import num_cores
 from hermes.profile.records import MachineRecord
 
 __all__ = ["machine_record"]
@@ -15,7 +16,7 @@ def machine_record(checkpoint: Path, num_threads: int) -> MachineRecord:
     """This machine, and the file system that `checkpoint` is on."""
     return MachineRecord(
         cpu=_cpu_model(),
-        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        num_cores=num_cores(),
         num_threads=num_threads,
         memory_bytes=psutil.virtual_memory().total,
         torch=version("torch"),

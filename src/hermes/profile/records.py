@@ -9,7 +9,7 @@ from hermes.model.trace import Trace
 
 __all__ = ["PROFILE_VERSION", "BandwidthRecord", "ComputeRecord", "MachineRecord", "Profile", "UnitRecord"]
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)

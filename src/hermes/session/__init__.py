@@ -4,6 +4,7 @@ from hermes.session.estimate import estimate_profile, measure_floor
 from hermes.session.measure import measure_profile
 from hermes.session.prepare import FORWARDS, Prepared, prepare_model, prepare_module
 from hermes.session.session import MARGIN_BYTES, Session, attach, memory_limit, start_session
+from hermes.session.warm import start_warm_up, touch_when_warm
 from hermes.session.workload import Workload
 
 __all__ = [
@@ -20,4 +21,6 @@ __all__ = [
     "prepare_model",
     "prepare_module",
     "start_session",
+    "start_warm_up",
+    "touch_when_warm",
 ]
