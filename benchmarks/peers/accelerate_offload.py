@@ -26,7 +26,7 @@ def main() -> None:
         load_seconds = time.perf_counter() - start
         outputs = work.perform(module)
         on_disk = sum(device == "disk" for device in getattr(module, "hf_device_map", {}).values())
-        report(load_seconds=load_seconds, pass_seconds=pass_seconds, outputs=outputs, modules_on_disk=on_disk)
+        report(work, load_seconds=load_seconds, pass_seconds=pass_seconds, outputs=outputs, modules_on_disk=on_disk)
 
 
 main()

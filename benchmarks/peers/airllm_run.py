@@ -33,7 +33,7 @@ def main() -> None:
         return output
 
     type(module).__call__ = timed
-    report(load_seconds=load_seconds, pass_seconds=pass_seconds, outputs=work.perform(module))
+    report(work, load_seconds=load_seconds, pass_seconds=pass_seconds, outputs=work.perform(module))
 
 
 main()

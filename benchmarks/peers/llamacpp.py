@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from work import NEW_TOKENS, PROMPT_TOKENS, report
+from work import NEW_TOKENS, PROMPT_TOKENS, Work, report
 
 
 def convert(model: Path, target: Path) -> None:
@@ -84,6 +84,7 @@ def main() -> None:
         return
     import llama_cpp as ll
 
+    work = Work(model)
     ll.llama_backend_init()
     start = time.perf_counter()
     parameters = ll.llama_model_default_params()
@@ -107,7 +108,7 @@ def main() -> None:
         tokens = [int(scores.argmax())]
         made += tokens
         pass_seconds.append(time.perf_counter() - begun)
-    report(load_seconds=load_seconds, pass_seconds=pass_seconds, tokens=made)
+    report(work, load_seconds=load_seconds, pass_seconds=pass_seconds, tokens=made)
 
 
 main()

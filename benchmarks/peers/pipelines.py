@@ -19,7 +19,7 @@ from pathlib import Path
 import safetensors
 import torch
 from torch import nn
-from work import Work, clock_passes, report
+from work import Work, clock_passes, memory_bytes, report
 
 from hermes.checkpoint import open_checkpoint
 from hermes.model.mapping import map_weights
@@ -166,13 +166,14 @@ def main() -> None:
         for layer in [*layers, "rest"]:
             torch.save(whole.read(layer), split / f"{layer}.pt")
         return
+    work.floor_bytes = memory_bytes("VmRSS")  # with the module built and everything imported
     source = whole if form == "safetensors" else SplitSource(split)
     put(module, source.read("rest"))
     pass_seconds = clock_passes(module)
     Pipeline(module, layers, source, agents if kind == "pipeload" else None)
     load_seconds = time.perf_counter() - start
     outputs = work.perform(module)
-    report(load_seconds=load_seconds, pass_seconds=pass_seconds, outputs=outputs)
+    report(work, load_seconds=load_seconds, pass_seconds=pass_seconds, outputs=outputs)
 
 
 main()

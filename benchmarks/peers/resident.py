@@ -20,7 +20,7 @@ def main() -> None:
     module = cls.from_pretrained(work.model, dtype="auto").eval()
     pass_seconds = clock_passes(module)
     load_seconds = time.perf_counter() - start
-    report(load_seconds=load_seconds, pass_seconds=pass_seconds, outputs=work.perform(module))
+    report(work, load_seconds=load_seconds, pass_seconds=pass_seconds, outputs=work.perform(module))
 
 
 main()

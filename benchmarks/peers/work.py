@@ -18,9 +18,9 @@ PROMPT_TOKENS = 16
 NEW_TOKENS = 8
 
 
-def peak_bytes() -> int:
-    """VmHWM: what ru_maxrss is inherited into, exec makes anew."""
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def memory_bytes(field: str) -> int:
+    """VmHWM is the peak: what ru_maxrss is inherited into, exec makes anew. VmRSS is the present resident set."""
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
@@ -31,10 +31,15 @@ def read_bytes() -> int:
 
 
 class Work:
-    """The job for one checkpoint."""
+    """The job for one checkpoint; made when a peer's own packages are imported.
+
+    Attributes:
+        floor_bytes: the process before any weight.
+    """
 
     def __init__(self, model: Path) -> None:
         self.model = model
+        self.floor_bytes = memory_bytes("VmRSS")
         self.config = json.loads((model / "config.json").read_text())
         name = self.config["architectures"][0]
         self.generates = "CausalLM" in name or "LMHead" in name
@@ -87,7 +92,7 @@ def digest(outputs) -> str:
     return found.hexdigest()[:16]
 
 
-def report(*, load_seconds: float, pass_seconds: list[float], outputs=None, **more: object) -> None:
+def report(work: Work, *, load_seconds: float, pass_seconds: list[float], outputs=None, **more: object) -> None:
     """Print the result and end. `first_seconds` are from the start of loading to the first output."""
     later = pass_seconds[1:] or pass_seconds
     result = {
@@ -95,7 +100,8 @@ def report(*, load_seconds: float, pass_seconds: list[float], outputs=None, **mo
         "first_seconds": load_seconds + pass_seconds[0],
         "pass_seconds": pass_seconds,
         "steady_seconds": statistics.median(later),
-        "peak_bytes": peak_bytes(),
+        "floor_bytes": work.floor_bytes,
+        "peak_bytes": memory_bytes("VmHWM"),
         "read_bytes": read_bytes(),
         "digest": None if outputs is None else digest(outputs),
         **more,

@@ -1,0 +1,344 @@
+"""docs/results.md and its plots, from docs/results.json, batch.json and predictions.json: what was measured, as it is.
+
+Every figure is a median over a row's samples, and every ratio one of medians; the raw samples stay in the JSON.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import figures
+from comparators import PEERS
+from conditions import DOCS, ENCODERS, MODELS, median
+
+from hermes.units import format_bytes
+
+Row = dict
+
+
+def stored(name: str) -> list[Row]:
+    """The rows of docs/NAME.json."""
+    path = DOCS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def failed(row: Row) -> str | None:
+    """Why there are no figures."""
+    return next((run["error"] for run in row["runs"] if "error" in run), None)
+
+
+class Rows:
+    """Rows of the suite, to be asked."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def where(self, **wanted: str) -> list[Row]:
+        """Those with figures and these fields, smallest cap first."""
+        chosen = (r for r in self.rows if all(r[key] == value for key, value in wanted.items()) and not failed(r))
+        return sorted(chosen, key=lambda row: row["cap_bytes"])
+
+    def one(self, **wanted: str) -> Row | None:
+        """The one with the largest cap."""
+        return (self.where(**wanted) or [None])[-1]
+
+    def compute_seconds(self, model: str) -> float | None:
+        """Of a fully resident steady pass; None where none was measured."""
+        row = self.one(model=model, peer="baseline", cap="100", disk="free")
+        return median(row["runs"], "steady_seconds") if row else None
+
+    def of_bound(self, row: Row) -> float | None:
+        """Share of max(bytes streamed / the disk's rate then, resident compute) that the steady pass reached."""
+        if "steady_bytes" not in row["runs"][0]:
+            return None
+        reading = median(row["runs"], "steady_bytes") / sorted(row["disk_rates"])[len(row["disk_rates"]) // 2]
+        return max(reading, self.compute_seconds(row["model"]) or 0.0) / median(row["runs"], "steady_seconds")
+
+
+def above_floor(row: Row) -> float:
+    """Bytes at the peak, less what the process held before any weight."""
+    return median(row["runs"], "peak_bytes") - median(row["runs"], "floor_bytes")
+
+
+HEADER = """\
+| cap | disk | who | peak | first output, s | Hermes is faster by | steady pass, s | Hermes is faster by | of bound \
+| same bits | source |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def table(rows: Rows, model: str) -> list[str]:
+    """One model's."""
+    lines = [HEADER]
+    order = list(PEERS)
+    chosen = [row for row in rows.rows if row["model"] == model]
+    for row in sorted(chosen, key=lambda r: (-disk_number(r["disk"]), r["cap_bytes"], order.index(r["peer"]))):
+        disk = "as it is" if row["disk"] == "free" else f"{row['disk']} MB/s"
+        where = f"| {format_bytes(row['cap_bytes'])} | {disk} "
+        who = PEERS[row["peer"]].what
+        if (why := failed(row)) is not None:
+            lines.append(f"{where}| {who} | {why} | | | | | | | |")
+            continue
+        ours = rows.one(model=model, peer="hermes", cap=row["cap"], disk=row["disk"])
+        first = steady = bits = ""
+        if ours is not None and ours is not row:
+            first = f"{ratio(row, ours, 'first_seconds'):.2f}x"
+            steady = f"{ratio(row, ours, 'steady_seconds'):.2f}x"
+            theirs, digest = row["runs"][0].get("digest"), ours["runs"][0].get("digest")
+            bits = "" if theirs is None else "yes" if theirs == digest else "no"
+        bound = rows.of_bound(row)
+        lines.append(
+            f"{where}| {who} | {format_bytes(int(median(row['runs'], 'peak_bytes')))} | "
+            f"{median(row['runs'], 'first_seconds'):.2f} | {first} | {median(row['runs'], 'steady_seconds'):.3f} | "
+            f"{steady} | {'' if bound is None else f'{bound:.2f}'} | {bits} | {row['taken']['commit']} |"
+        )
+    return lines
+
+
+def disk_number(disk: str) -> float:
+    """MB/s, for sorting."""
+    return float("inf") if disk == "free" else float(disk)
+
+
+def ratio(theirs: Row, ours: Row, field: str) -> float:
+    """Of medians."""
+    return median(theirs["runs"], field) / median(ours["runs"], field)
+
+
+PAPER = {
+    "bert-large": ("1627 MB", "931 MB", "15.9 s", "3.51 s"),
+    "vit-large": ("600 MB", "159 MB", "345 ms", "43 ms"),
+    "gpt2-medium": ("1400 MB", "563 MB", "1.66 s", "1.12 s"),
+    "gpt-j-6b": ("12.35 GB", "3.24 GB", "31.33 s", "29.64 s"),
+}
+"""Baseline's and Hermes's memory, their latency: Han et al. 2024, eight cores of a Xeon Gold 6248R, six agents."""
+HEADLINES = {"bert-large": (4.24, 0.867), "vit-large": (4.24, 0.867), "gpt2-medium": (2.58, 0.903),
+             "gpt-j-6b": (2.58, 0.903)}  # fmt: skip
+"""Against PipeSwitch: the paper's largest speed-up, and its largest saving of memory, from different settings."""
+
+
+def paper_tables(rows: Rows) -> list[str]:
+    """The paper's rows, ours beside them."""
+    lines = [
+        "## The paper's tables, and ours",
+        "",
+        "*Ours*: memory and first output from cold of the baseline with room for everything, and of Hermes at the "
+        "smallest cap measured, disk as it is. *Above the floor*: less what each process holds before any weight.",
+        "",
+        "| model | paper: memory | paper: latency | ours: memory | ours: first output | memory above the floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, (their_memory, our_memory, their_seconds, our_seconds) in PAPER.items():
+        base = rows.one(model=model, peer="baseline", cap="100", disk="free")
+        ours = rows.where(model=model, peer="hermes", disk="free")
+        memory = seconds = less = "not measured"
+        if base and ours:
+            peaks = [format_bytes(int(median(row["runs"], "peak_bytes"))) for row in (base, ours[0])]
+            firsts = [f"{median(row['runs'], 'first_seconds'):.2f} s" for row in (base, ours[0])]
+            memory, seconds = " -> ".join(peaks), " -> ".join(firsts)
+            less = f"{above_floor(ours[0]) / above_floor(base) - 1:+.1%}"
+        lines.append(
+            f"| {model} | {their_memory} -> {our_memory} | {their_seconds} -> {our_seconds} | {memory} | {seconds} "
+            f"| {less} |"
+        )
+    lines += [
+        "",
+        "The headlines against PipeSwitch, which the paper has from different settings; ours at one, PipeSwitch "
+        "reading per-layer `torch.save` files, with room for the whole model that it holds at the end. *A token with "
+        "nothing kept*: PipeSwitch's cold pass against Hermes's steady pass with no weight resident between tokens. "
+        "With memory for the whole model a standard pipeline's later tokens run at resident speed, and Hermes's too "
+        "(the rows at the largest cap).",
+        "",
+        "| model | what | paper, at most | ours: faster by | ours: less memory above the floor | Hermes's cap |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, what, speed, saved, row in headlines(rows):
+        speed_up, memory = HEADLINES[model]
+        lines.append(
+            f"| {model} | {what} | {speed_up}x, {memory:.1%} | {speed:.2f}x | {saved:.1%} "
+            f"| {format_bytes(row['cap_bytes'])} |"
+        )
+    return [*lines, ""]
+
+
+def headlines(rows: Rows) -> Iterator[tuple[str, str, float, float, Row]]:
+    """Model, what is compared, times faster, share of memory saved, and Hermes's row: the fastest that saves enough."""
+    for model, (_, memory) in HEADLINES.items():
+        theirs = rows.one(model=model, peer="pipeswitch-torch", disk="free")
+        if theirs is None:
+            continue
+        kinds = [("first output", "hermes", "first_seconds", median(theirs["runs"], "first_seconds"))]
+        if model not in ENCODERS:
+            cold = sorted(run["pass_seconds"][0] for run in theirs["runs"])[len(theirs["runs"]) // 2]
+            kinds.append(("a token with nothing kept", "hermes-nothing-resident", "steady_seconds", cold))
+        for what, peer, field, seconds in kinds:
+            measured = [
+                (seconds / median(row["runs"], field), 1 - above_floor(row) / above_floor(theirs), row)
+                for row in rows.where(model=model, peer=peer, disk="free")
+            ]
+            if measured:
+                enough = [entry for entry in measured if entry[1] >= memory]
+                best = max(enough or measured, key=lambda entry: entry[0] if enough else entry[1])
+                yield model, what, *best
+
+
+def targets(rows: Rows) -> list[str]:
+    """What was asked of every measurement, and what came out: the number, at the cap it was taken."""
+    lines = ["## Against the targets", "", "| target | where | measured | asked | |", "|---|---|---|---|---|"]
+
+    def line(target: str, where: str, measured: float, asked: float, unit: str = "x") -> None:
+        met = "met" if measured >= asked else "missed"
+        lines.append(f"| {target} | {where} | {measured:.2f}{unit} | {asked:.2f}{unit} | {met} |")
+
+    for row in sorted(rows.where(peer="hermes"), key=lambda r: (-disk_number(r["disk"]), MODELS.index(r["model"]))):
+        share = rows.of_bound(row)
+        if row["cap"] != "100" and row["disk"] != "90" and share is not None:
+            line("steady pass, of its bound", place(row), share, 0.95, "")
+    for model, what, speed, saved, row in headlines(rows):
+        line(f"against PipeSwitch, {what}", f"{place(row)}, {saved:.1%} less memory", speed, HEADLINES[model][0])
+    for peer, asked in (("llama.cpp", 2.0), ("accelerate", 2.8), ("airllm", 5.0)):
+        for theirs in rows.where(model="llama-3b", peer=peer, disk="free"):
+            if ours := rows.one(model="llama-3b", peer="hermes", cap=theirs["cap"], disk="free"):
+                line(f"decoding, {PEERS[peer].what}", place(ours), ratio(theirs, ours, "steady_seconds"), asked)
+    for model in ENCODERS:
+        for theirs in rows.where(model=model, peer="accelerate", disk="free"):
+            ours = rows.one(model=model, peer="hermes", cap=theirs["cap"], disk="free")
+            if ours and theirs["cap"] != "100":
+                line("forward, accelerate", place(ours), ratio(theirs, ours, "steady_seconds"), 2.5)
+    for model in MODELS:
+        theirs = rows.one(model=model, peer="pipeswitch-torch", cap="100", disk="free")
+        ours = rows.one(model=model, peer="hermes", cap="100", disk="free")
+        if theirs and ours:
+            line("all resident: not slower than PipeSwitch", place(ours), ratio(theirs, ours, "steady_seconds"), 1.0)
+    return [*lines, ""]
+
+
+def place(row: Row) -> str:
+    """Model, cap and disk."""
+    disk = "" if row["disk"] == "free" else f", disk at {row['disk']} MB/s"
+    return f"{row['model']}, {format_bytes(row['cap_bytes'])}{disk}"
+
+
+def batch_table(rows: list[Row]) -> list[str]:
+    """A file of sentences: `hermes run --input` inside a budget beside the same with everything resident."""
+    rows = [row for row in rows if "outputs" in row]
+    if not rows:
+        return []
+    lines = [
+        "## A file of sentences",
+        "",
+        "`python benchmarks/batch.py`: sentences of Python's language reference, 3 to 100 words, embedded by `hermes "
+        "run --input`, in a memory cgroup of the budget; *resident* is the same command with `--resident`, uncapped. "
+        "The budget is a third of the resident process's peak, or the smallest that works where that is more. Seconds "
+        "are of the sweeps; the model is read in both cases before.",
+        "",
+        "| model | sentences | tokens | budget | of resident memory | peak | resident, tokens/s | streamed, tokens/s "
+        "| of resident throughput | outputs | source |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        resident, streamed = median(row["resident"], "seconds"), median(row["streamed"], "seconds")
+        run = row["streamed"][0]
+        lines.append(
+            f"| {row['model']} | {run['records']} | {run['tokens']} | {format_bytes(run['budget_bytes'])} "
+            f"| {run['budget_bytes'] / median(row['resident'], 'peak_bytes'):.2f} "
+            f"| {format_bytes(int(median(row['streamed'], 'peak_bytes')))} | {run['tokens'] / resident:.0f} "
+            f"| {run['tokens'] / streamed:.0f} | {resident / streamed:.2f} | {row['outputs']} "
+            f"| {row['taken']['commit']} |"
+        )
+    return [*lines, ""]
+
+
+def predictions_tables(rows: list[Row]) -> list[str]:
+    """What the planner said, and what came; its choice among all plans."""
+    grid = [row for row in rows if row["kind"] == "grid"]
+    choices = [row for row in rows if row["kind"] == "choice"]
+    lines = []
+    if grid:
+        errors = {field: sorted(abs(error(row, field)) for row in grid) for field in ("seconds", "peak_bytes")}
+        within = {"seconds": 0.10, "peak_bytes": 0.05}
+        shares = [
+            f"{field.partition('_')[0]} within {within[field]:.0%} in {sum(e <= within[field] for e in found)} of "
+            f"{len(grid)} rows (median {found[len(grid) // 2]:.1%}, worst {found[-1]:.1%})"
+            for field, found in errors.items()
+        ]
+        lines += [
+            "## What was predicted, and what came",
+            "",
+            f"`python benchmarks/predictions.py`: a capped process for each row. {'; '.join(shares)}.",
+            "",
+            "| model | budget | disk | seconds | predicted | off by | peak | predicted | off by | plan |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in grid:
+            measured, said = row["measured"], row["predicted"]
+            disk = "as it is" if row["disk"] == "free" else f"{row['disk']} MB/s"
+            lines.append(
+                f"| {row['model']} | {row['budget']} | {disk} | {measured['seconds']:.2f} | {said['seconds']:.2f} "
+                f"| {error(row, 'seconds'):+.0%} | {format_bytes(int(measured['peak_bytes']))} "
+                f"| {format_bytes(int(said['peak_bytes']))} | {error(row, 'peak_bytes'):+.1%} | {row['plan']} |"
+            )
+        lines.append("")
+    if choices:
+        lines += [
+            "Every plan that the search could make (granularity x agents x window) was run once; the chosen one and "
+            "the three fastest then in turns, three times each. *Slower by*: the planner's choice against the fastest "
+            "of those medians.",
+            "",
+            "| model | budget | plans tried | chosen | s | fastest | s | slower by |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in choices:
+            chosen, best = row["finalists"][0], min(row["finalists"], key=lambda plan: plan["seconds"])
+            lines.append(
+                f"| {row['model']} | {row['budget']} | {len(row['tried'])} "
+                f"| {chosen['plan']} | {chosen['seconds']:.2f} | {best['plan']} | {best['seconds']:.2f} | {chosen['seconds'] / best['seconds'] - 1:+.1%} |"
+            )
+        lines.append("")
+    return lines
+
+
+def error(row: Row, field: str) -> float:
+    """Measured against predicted."""
+    return row["measured"][field] / row["predicted"][field] - 1
+
+
+def write() -> None:
+    """docs/results.md, docs/results-MODEL.svg and docs/timeline.svg."""
+    rows = Rows(stored("results"))
+    last = max((row["taken"] for row in rows.rows), key=lambda taken: taken["date"], default=None)
+    text = ["# Hermes beside its peers", ""]
+    if last is not None:
+        text += [
+            f"Made by `python benchmarks/suite.py`, last on {last['date']} (UTC): {last['cpu']}, {last['cores']} "
+            "cores. Every run is a process of its own in a memory cgroup of the cap, swap off, all files evicted. "
+            "Encoders: 128 tokens or one 224x224 image, five passes; decoders: 16 tokens of prompt, 8 more.",
+            "",
+        ]
+    text += [
+        "*First output*: from the start of loading (packages imported) to the first output. *Steady pass*: the median "
+        "of later passes (for decoders, seconds a token). Medians over samples, taken in turns. *Of bound*: "
+        "max(bytes streamed / the best direct-read rate that fio reached beside the runs, resident pass) over the "
+        "steady pass. *Source*: the last commit that changed src/ when the row was taken. The raw samples, with bytes "
+        "read and page faults, are in results.json.",
+        "",
+        *targets(rows),
+    ]
+    for model in MODELS:
+        if chosen := [row for row in rows.rows if row["model"] == model]:
+            text += [f"## {model}, {format_bytes(chosen[0]['weight_bytes'])} of weights", ""]
+            if figures.latency([row for row in chosen if not failed(row)], DOCS / f"results-{model}.svg", model):
+                text += [f"![latency against budget and disk](results-{model}.svg)", ""]
+            text += [*table(rows, model), ""]
+    trace = DOCS / "timeline.json"
+    if trace.exists():
+        figures.timeline(json.loads(trace.read_text())["traceEvents"], DOCS / "timeline.svg")
+        text += [
+            "## The agents at work",
+            "",
+            "gpt2-medium in 600 MiB, from `hermes run --trace`: a bar is a read, or a block's computation.",
+            "",
+            "![timeline of the agents](timeline.svg)",
+            "",
+        ]
+    text += [*batch_table(stored("batch")), *predictions_tables(stored("predictions")), *paper_tables(rows)]
+    Path(DOCS / "results.md").write_text("\n".join(text))
