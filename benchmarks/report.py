@@ -291,7 +291,8 @@ def predictions_tables(rows: list[Row]) -> list[str]:
             chosen, best = row["finalists"][0], min(row["finalists"], key=lambda plan: plan["seconds"])
             lines.append(
                 f"| {row['model']} | {row['budget']} | {len(row['tried'])} "
-                f"| {chosen['plan']} | {chosen['seconds']:.2f} | {best['plan']} | {best['seconds']:.2f} | {chosen['seconds'] / best['seconds'] - 1:+.1%} |"
+                f"| {chosen['plan']} | {chosen['seconds']:.2f} | {best['plan']} | {best['seconds']:.2f} "
+                f"| {chosen['seconds'] / best['seconds'] - 1:+.1%} |"
             )
         lines.append("")
     return lines

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from airllm import AutoModel
-from work import Work, report
+from work import Work, clock_passes, report
 
 
 def main() -> None:
@@ -23,16 +23,7 @@ def main() -> None:
     if "--split" in sys.argv:
         return
     load_seconds = time.perf_counter() - start
-    pass_seconds: list[float] = []
-    own = type(module).__call__
-
-    def timed(self, *args, **kwargs):  # no nn.Module: no hooks
-        begun = time.perf_counter()
-        output = own(self, *args, **kwargs)
-        pass_seconds.append(time.perf_counter() - begun)
-        return output
-
-    type(module).__call__ = timed
+    pass_seconds = clock_passes(module.model)  # transformers' own; AirLLM's hooks on its layers load and free
     report(work, load_seconds=load_seconds, pass_seconds=pass_seconds, outputs=work.perform(module))
 
 

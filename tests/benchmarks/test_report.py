@@ -1,0 +1,97 @@
+"""What docs/results.md makes of rows: ratios, shares of bounds, failures shown. No run, no model."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+MIB = 2**20
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def report():
+    before = list(sys.path)
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield importlib.import_module("report")
+    finally:
+        sys.path[:] = before
+
+
+def row(peer, cap, *, first=4.0, steady=1.0, peak=500, floor=200, disk="free", model="bert-large", **run):
+    run = {
+        "first_seconds": first,
+        "steady_seconds": steady,
+        "peak_bytes": peak * MIB,
+        "floor_bytes": floor * MIB,
+        "pass_seconds": [first - 1.0, steady],
+        **run,
+    }
+    return {
+        "model": model,
+        "cap": cap,
+        "disk": disk,
+        "peer": peer,
+        "cap_bytes": 10 * MIB * int(cap),
+        "weight_bytes": 1000 * MIB,
+        "disk_rates": [2e9],
+        "taken": {"commit": "abc1234", "date": "2026-01-01"},
+        "runs": [run],
+    }
+
+
+def test_the_bound_is_the_disk_or_the_resident_pass(report):
+    disk_bound = row("hermes", "25", steady=1.0, steady_bytes=1.8e9)
+    compute_bound = row("hermes", "75", steady=0.5, steady_bytes=0.2e9)
+    rows = report.Rows([disk_bound, compute_bound, row("baseline", "100", steady=0.4)])
+    assert rows.of_bound(disk_bound) == pytest.approx(0.9)
+    assert rows.of_bound(compute_bound) == pytest.approx(0.8)
+
+
+def test_a_headline_counts_memory_above_each_floor_and_takes_the_fastest_that_saves_enough(report):
+    small = row("hermes", "10", first=2.0, peak=330, floor=230)  # 100 MiB above its floor: 92 % less
+    large = row("hermes", "50", first=1.0, peak=900, floor=230)
+    theirs = row("pipeswitch-torch", "100", first=9.0, peak=1650, floor=400)  # 1250 MiB
+    ((model, what, speed, saved, chosen),) = report.headlines(report.Rows([small, large, theirs]))
+    assert (model, what, chosen) == ("bert-large", "first output", small)
+    assert speed == pytest.approx(4.5)
+    assert saved == pytest.approx(1 - 100 / 1250)
+
+
+def test_a_token_with_nothing_kept_is_compared_with_a_cold_pass(report):
+    theirs = row("pipeswitch-torch", "100", model="gpt2-medium", first=3.0, steady=0.1)
+    ours = row("hermes-nothing-resident", "10", model="gpt2-medium", steady=0.5)
+    ((_, what, speed, _, _),) = report.headlines(report.Rows([theirs, ours]))
+    assert (what, speed) == ("a token with nothing kept", pytest.approx(4.0))
+
+
+def test_a_failed_row_is_shown_with_its_reason(report):
+    killed = row("baseline", "25") | {"runs": [{"error": "killed: out of memory"}]}
+    rows = report.Rows([killed, row("hermes", "25", steady_bytes=1e9, digest="a")])
+    assert any("killed: out of memory" in line for line in report.table(rows, "bert-large"))
+    assert rows.one(peer="baseline") is None
+
+
+def test_a_target_that_is_missed_says_so(report):
+    rows = report.Rows([row("hermes", "25", steady_bytes=1e9), row("accelerate", "25", steady=2.0)])
+    lines = report.targets(rows)
+    assert any("forward, accelerate" in line and "2.00x | 2.50x | missed" in line for line in lines)
+
+
+def test_predictions_count_the_rows_within_reach(report):
+    def grid(predicted):
+        return {
+            "kind": "grid",
+            "model": "bert-large",
+            "budget": "600MiB",
+            "disk": "free",
+            "plan": "leaf",
+            "measured": {"seconds": 1.0, "peak_bytes": 500 * MIB},
+            "predicted": {"seconds": predicted, "peak_bytes": 510 * MIB},
+        }
+
+    text = "\n".join(report.predictions_tables([grid(0.95), grid(0.5)]))
+    assert "seconds within 10% in 1 of 2 rows" in text
+    assert "peak within 5% in 2 of 2 rows" in text
