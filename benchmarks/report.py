@@ -318,9 +318,9 @@ def write() -> None:
     text += [
         "*First output*: from the start of loading (packages imported) to the first output. *Steady pass*: the median "
         "of later passes (for decoders, seconds a token). Medians over samples, taken in turns. *Of bound*: "
-        "max(bytes streamed / the best direct-read rate that fio reached beside the runs, resident pass) over the "
-        "steady pass. *Source*: the last commit that changed src/ when the row was taken. The raw samples, with bytes "
-        "read and page faults, are in results.json.",
+        "max(bytes streamed / the best direct-read rate that fio or Hermes's own reader reached beside the runs, "
+        "resident pass) over the steady pass. *Source*: the last commit that changed src/ when the row was taken. The "
+        "raw samples, with bytes read and page faults, are in results.json.",
         "",
         *targets(rows),
     ]
