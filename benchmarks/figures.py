@@ -7,6 +7,7 @@ from comparators import PEERS
 from conditions import MIB, median
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "hermes", "font.size": 9}
 COLOURS = dict(zip(PEERS, [*matplotlib.colormaps["tab20"].colors[::2], "black"], strict=False))
@@ -40,9 +41,13 @@ def latency(rows: list[dict], path: Path, title: str) -> bool:
         axis.set(title=name, xlabel=x_name, ylabel="seconds", yscale="log")
         if x_of is disk_rate:
             axis.set_xscale("log")
+        for ticks in (axis.yaxis, axis.xaxis):
+            ticks.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(panels), fontsize=8)
     save(figure, path)
     return True
 
