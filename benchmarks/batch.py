@@ -1,9 +1,10 @@
 """Throughput on a file of sentences: `hermes run --input` inside a third of the resident process's memory.
 
-    python benchmarks/batch.py [--model minilm|bert-large]... [--mode resident|streamed]... [--samples N]
+    python benchmarks/batch.py [--model minilm|bert-large]... [--mode resident|streamed]...
+                               [--sentences 2000] [--samples N]
 
-Both read the same 2,000 sentences of mixed length, from Python's language reference (`pydoc_data`, on every machine).
-The streamed run is in a memory cgroup of its budget; without room for a third it gets the smallest budget that works.
+Both read the same sentences of mixed length, from Python's language reference (`pydoc_data`, on every machine).
+The streamed run is in a memory cgroup of its budget, which is the smallest that works where a third is too little.
 BERT-large has seeded random weights and MiniLM's tokenizer, whose vocabulary is its own. A mode alone can be measured
 again. Rows go to docs/batch.json, and from there into docs/results.md.
 """
@@ -32,7 +33,7 @@ SPARE_BYTES = 4 * MIB
 TIMEOUT_SECONDS = 900
 
 
-def sentences() -> list[str]:
+def sentences(count: int) -> list[str]:
     """Drawn from every paragraph of prose, with a seed: 3 to 100 words, none twice."""
     found: dict[str, None] = {}
     for text in topics.values():
@@ -42,7 +43,7 @@ def sentences() -> list[str]:
             for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split())):
                 if 3 <= len(sentence.split()) <= 100 and sentence[-1] in ".!?:":
                     found[sentence] = None
-    return random.Random(0).sample(list(found), SENTENCES)
+    return random.Random(0).sample(list(found), count)
 
 
 def minilm() -> Path:
@@ -66,14 +67,14 @@ def directories(model: str, room: Path) -> Path:
     return made
 
 
-def run(model: Path, texts: Path, output: Path, *, budget_bytes: int | None) -> dict:
+def run(model: Path, texts: Path, output: Path, *, budget_bytes: int | None, capped: bool = True) -> dict:
     """One cold process over the whole file: what `hermes run --json` says of it."""
     evict(model)
     memory = ["--resident"] if budget_bytes is None else ["--budget", str(budget_bytes)]
     files = ["--input", str(texts), "--output", str(output)]
     done = run_capped(
         [sys.executable, "-m", "hermes", "run", str(model), *memory, *files, "--pool", "mean", "--json"],
-        limit_bytes=budget_bytes or 1 << 40,
+        limit_bytes=budget_bytes if budget_bytes and capped else 1 << 40,
         cwd=ROOT,
         env=environment(ROOT / "models" / "batch", "free"),
         timeout_seconds=TIMEOUT_SECONDS,
@@ -83,12 +84,12 @@ def run(model: Path, texts: Path, output: Path, *, budget_bytes: int | None) -> 
     return json.loads(done.stdout.splitlines()[-1]) | {"process_seconds": done.seconds, "disk_bytes": done.read_bytes}
 
 
-def streamed_run(model: Path, texts: Path, output: Path, budget_bytes: int) -> dict:
-    """Within the budget, or within the one that the refusal names."""
-    done = run(model, texts, output, budget_bytes=budget_bytes)
-    if "error" in done and (named := re.search(r"try --budget (\S+)", done["error"])):
-        done = run(model, texts, output, budget_bytes=parse_bytes(named[1]) + SPARE_BYTES)
-    return done
+def smallest_budget(model: Path, texts: Path, output: Path) -> int:
+    """Bytes, as the refusal of 1 byte names it."""
+    refusal = run(model, texts, output, budget_bytes=1, capped=False)
+    if not (named := re.search(r"try --budget (\S+)", refusal.get("error", ""))):
+        sys.exit(f"no smallest budget in: {refusal}")
+    return parse_bytes(named[1]) + SPARE_BYTES
 
 
 def compare(wanted: Path, made: Path) -> str:
@@ -104,14 +105,14 @@ def compare(wanted: Path, made: Path) -> str:
     return f"{differing} differ, by {worst:.0e} at most"
 
 
-def measure(name: str, modes: list[str], samples: int) -> None:
+def measure(name: str, modes: list[str], count: int, samples: int) -> None:
     """In turns; the row keeps what the other mode had."""
     rows = report.stored("batch")
     row = next((row for row in rows if row["model"] == name), {"model": name})
     rows = [other for other in rows if other is not row]
     with tempfile.TemporaryDirectory(dir=ROOT / "models") as room:
         texts = Path(room) / "texts.jsonl"
-        texts.write_text("".join(json.dumps(sentence) + "\n" for sentence in sentences()))
+        texts.write_text("".join(json.dumps(sentence) + "\n" for sentence in sentences(count)))
         model = directories(name, Path(room))
         kept = {mode: ROOT / "models" / f"batch.{name}-{mode}.jsonl" for mode in ("resident", "streamed")}
         found: dict[str, list[dict]] = {mode: [] for mode in modes}
@@ -122,7 +123,8 @@ def measure(name: str, modes: list[str], samples: int) -> None:
                     done = run(model, texts, output, budget_bytes=None)
                 else:
                     third = int(median(found.get("resident") or row["resident"], "peak_bytes")) // 3
-                    done = streamed_run(model, texts, output, third)
+                    budget = max(third, smallest_budget(model, texts, output))
+                    done = run(model, texts, output, budget_bytes=budget)
                 print(name, mode, json.dumps(done), flush=True)
                 if "error" in done:
                     sys.exit(1)
@@ -139,10 +141,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=("minilm", "bert-large"))
     parser.add_argument("--mode", action="append", choices=("resident", "streamed"))
+    parser.add_argument("--sentences", type=int, default=SENTENCES)
     parser.add_argument("--samples", type=int, default=1)
     options = parser.parse_args()
     for name in options.model or ("minilm", "bert-large"):
-        measure(name, options.mode or ["resident", "streamed"], options.samples)
+        measure(name, options.mode or ["resident", "streamed"], options.sentences, options.samples)
 
 
 if __name__ == "__main__":

@@ -50,15 +50,19 @@ def environment(model: Path, disk: str) -> dict[str, str]:
 
 
 def profile(name: str, model: Path, disk: str) -> None:
-    """`hermes profile` once; for a throttled disk, its rates clipped to the throttle.
+    """`hermes profile`, once for each source; for a throttled disk, its rates clipped to the throttle.
 
     That is what profiling under the throttle would find, without reading the weights ten times at its speed.
     """
     workload = ["--seq", "128"] if name in ENCODERS else ["--seq", "16", "--new-tokens", "8"]
-    subprocess.run(
-        [sys.executable, "-m", "hermes", "profile", str(model), *workload],
-        check=True, capture_output=True, env=environment(model, "free"),
-    )  # fmt: skip
+    stamp = model.parent / ".profiles-free" / name
+    source = str(taken()["commit"])
+    if not stamp.exists() or stamp.read_text() != source:
+        subprocess.run(
+            [sys.executable, "-m", "hermes", "profile", str(model), *workload],
+            check=True, capture_output=True, env=environment(model, "free"),
+        )  # fmt: skip
+        stamp.write_text(source)
     if disk == "free":
         return
     free, throttled = (Path(environment(model, which)["XDG_CACHE_HOME"]) for which in ("free", disk))

@@ -30,8 +30,8 @@ BUDGETS = {
     "gpt-j-6b": ("700MiB", "3GiB", "6GiB"),
 }
 GRANULARITIES = ("leaf", "half", "layer")
-AGENTS = (1, 2, 4)
-WINDOWS = (1.0, 1.5, 2.0, 4.0, 8.0)
+AGENTS = (2, 4)
+WINDOWS = (1.0, 2.0, 4.0, 8.0)
 FINALISTS = 3
 
 
