@@ -1,7 +1,8 @@
 """Hermes beside what a user would pick instead: one machine, one kernel-enforced cap, one precision, files evicted.
 
     python benchmarks/suite.py [--model NAME]... [--cap 25|50|75|100|SIZE]... [--disk free|90|250|500]...
-                               [--peer NAME]... [--samples N] [--timeline | --report | --clean]
+                               [--peer NAME]... [--samples N] [--timeout SECONDS]
+                               [--timeline | --report | --clean]
 
 A cap in per cent is of the model's weights, with Hermes's floor added; 100 leaves room for the whole model and half as
 much again, and is no cap that binds. Disks are throttled by the kernel, in MB/s. Rows that were measured before stay
@@ -36,12 +37,15 @@ from capped import run_capped
 from hermes.checkpoint.synth import synth
 from hermes.units import format_bytes, parse_bytes
 
-TIMEOUT_SECONDS = 900
+TIMEOUT_SECONDS = 300
+"""Of one run; one that the kernel keeps busy with reading its own code back would go on for hours."""
 TIMELINE = ("gpt2-medium", "600MiB", 4)
 """The run whose agents are drawn: model, budget, new tokens."""
 
 
-def one_run(peer: Peer, model: Path, cap_bytes: int, disk: str, *more: str) -> dict:
+def one_run(
+    peer: Peer, model: Path, cap_bytes: int, disk: str, *more: str, timeout_seconds: float = TIMEOUT_SECONDS
+) -> dict:
     """A cold process in a cgroup of `cap_bytes`."""
     evict(model)
     script_name, *arguments = peer.command(model, cap_bytes)
@@ -53,10 +57,10 @@ def one_run(peer: Peer, model: Path, cap_bytes: int, disk: str, *more: str) -> d
             disk_of=model,
             cwd=ROOT,
             env=environment(model, disk),
-            timeout_seconds=TIMEOUT_SECONDS,
+            timeout_seconds=timeout_seconds,
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"not done after {TIMEOUT_SECONDS} s"}
+        return {"error": f"not done after {timeout_seconds:.0f} s"}
     if done.oom_kills or done.returncode == 137:
         return {"error": "killed: out of memory"}
     if done.returncode:
@@ -88,7 +92,13 @@ def caps_of(model: Path, wanted: list[str], floor: int) -> dict[str, int]:
 
 
 def measure(
-    names: list[str], caps: list[str], disks: list[str], peers: list[str], samples: int, rows: list[dict]
+    names: list[str],
+    caps: list[str],
+    disks: list[str],
+    peers: list[str],
+    samples: int,
+    timeout_seconds: float,
+    rows: list[dict],
 ) -> None:
     """Run everything that was asked; samples of different peers in turns. Replaces rows of the same kind."""
     for name in names:
@@ -107,7 +117,11 @@ def measure(
                         if name not in PEERS[peer].only or any("error" in run for run in found.get(peer, [])):
                             continue
                         why = prepare(PEERS[peer], model)
-                        run = {"error": why} if why else one_run(PEERS[peer], model, cap_bytes, disk)
+                        run = (
+                            {"error": why}
+                            if why
+                            else one_run(PEERS[peer], model, cap_bytes, disk, timeout_seconds=timeout_seconds)
+                        )
                         found.setdefault(peer, []).append(run)
                         print(name, cap, disk, peer, summary(run), flush=True)
                 for peer, runs in found.items():
@@ -152,6 +166,7 @@ def main() -> None:
     parser.add_argument("--disk", action="append", choices=DISKS)
     parser.add_argument("--peer", action="append", choices=PEERS)
     parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_SECONDS, help="seconds of one run")
     parser.add_argument("--timeline", action="store_true", help="record the run whose agents are drawn")
     parser.add_argument("--report", action="store_true", help="only write the tables and plots again")
     parser.add_argument("--clean", action="store_true", help="remove what peers have split or converted")
@@ -169,6 +184,7 @@ def main() -> None:
             options.disk or ["free"],
             options.peer or list(PEERS),
             options.samples,
+            options.timeout,
             report.stored("results"),
         )
     report.write()

@@ -28,11 +28,17 @@ from hermes.model.skeleton import build_skeleton, finish_skeleton
 Tensors = dict[str, torch.Tensor]
 
 
-def build(work: Work) -> nn.Module:
-    """The module with every tensor of the checkpoint on the meta device, and buffers made."""
+def build(work: Work) -> tuple[nn.Module, dict[str, str]]:
+    """The module, tensors of the checkpoint on the meta device and buffers made; stored names by the module's.
+
+    The names are found as transformers finds them; a parameter that is made of several stored ones is not provided for.
+    """
     module = build_skeleton(work.model, auto_class=work.auto_class, dtype=None)
-    finish_skeleton(module, map_weights(module, open_checkpoint(work.model)))
-    return module
+    checkpoint = open_checkpoint(work.model)
+    found = map_weights(module, checkpoint)
+    finish_skeleton(module, found)
+    stored = {entry.extent: name for name, entry in checkpoint.tensors.items()}
+    return module, {name: stored[source.extents[0]] for name, source in found.sources.items()}
 
 
 def layer_names(module: nn.Module) -> list[str]:
@@ -45,19 +51,13 @@ def layer_names(module: nn.Module) -> list[str]:
 class Source:
     """The tensors of each layer, and of the rest, as files hold them."""
 
-    def __init__(self, module: nn.Module, model: Path, layers: list[str]) -> None:
-        self.handles = [safetensors.safe_open(file, framework="pt") for file in sorted(model.glob("*.safetensors"))]
-        where = {name: handle for handle in self.handles for name in handle.keys()}
-        prefix = f"{module.base_model_prefix}."
-        found = {**{prefix + name: name for name in where}, **{name.removeprefix(prefix): name for name in where}}
-        found |= {name: name for name in where}
-        self.where = where
-        wanted = [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]
+    def __init__(self, model: Path, layers: list[str], names: dict[str, str]) -> None:
+        handles = [safetensors.safe_open(file, framework="pt") for file in sorted(model.glob("*.safetensors"))]
+        self.where = {name: handle for handle in handles for name in handle.keys()}
         self.groups: dict[str, dict[str, str]] = {layer: {} for layer in [*layers, "rest"]}
-        for name in wanted:
+        for name, stored in names.items():
             layer = next((layer for layer in layers if name.startswith(f"{layer}.")), "rest")
-            if name in found:
-                self.groups[layer][name] = found[name]
+            self.groups[layer][name] = stored
 
     def read(self, layer: str) -> Tensors:
         """In memory of its own, as loading into a model leaves it."""
@@ -158,9 +158,9 @@ def main() -> None:
     split = model.with_name(f"{model.name}.layers")
     torch.set_grad_enabled(False)
     start = time.perf_counter()
-    module = build(work)
+    module, names = build(work)
     layers = layer_names(module)
-    whole = Source(module, model, layers)
+    whole = Source(model, layers, names)
     if "--split" in sys.argv:
         split.mkdir(exist_ok=True)
         for layer in [*layers, "rest"]:
