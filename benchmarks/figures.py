@@ -73,7 +73,7 @@ def timeline(events: list[dict], path: Path) -> None:
             if event["ph"] == "X" and event["tid"] == tid and "wait" not in event["name"]
         ]
         colour = COLOURS["baseline"] if name == "inference" else COLOURS["hermes"]
-        bars.broken_barh(spans, (line - 0.4, 0.8), facecolors=colour, linewidth=0)
+        bars.broken_barh(spans, (line - 0.4, 0.8), facecolors=colour, linewidth=0, rasterized=True)  # thousands
     bars.set_yticks(range(len(names)), [name for _, name in sorted(names.items(), key=lambda item: -item[0])])
     counted = [(event["ts"] / 1e6, event["args"]["bytes"] / MIB) for event in events if event["ph"] == "C"]
     if counted:

@@ -107,7 +107,7 @@ def keep(new: list[dict]) -> None:
     keys = ("kind", "model", "budget", "disk")
     names = {tuple(row[key] for key in keys) for row in new}
     rows = [row for row in report.stored("predictions") if tuple(row[key] for key in keys) not in names] + new
-    rows.sort(key=lambda row: (row["kind"], MODELS.index(row["model"]), DISKS.index(row["disk"]), row["budget"]))
+    rows.sort(key=lambda r: (r["kind"], MODELS.index(r["model"]), DISKS.index(r["disk"]), parse_bytes(r["budget"])))
     Path(DOCS / "predictions.json").write_text(json.dumps({"rows": rows}, indent=1))
     report.write()
 

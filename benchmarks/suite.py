@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import figures
 from comparators import HERE, PEERS, Peer, prepare, python_of
 from conditions import (
     DISKS,
@@ -147,16 +148,18 @@ def summary(run: dict) -> str:
 
 
 def record_timeline() -> None:
-    """A run's Chrome trace, as docs/timeline.json."""
+    """docs/timeline.svg, from a run's Chrome trace."""
     name, budget, tokens = TIMELINE
     model = synth(name, ROOT / "models" / name)
+    trace = model.with_name(f"{name}.trace.json")
     profile(name, model, "free")
     evict(model)
     command = ["run", str(model), "--budget", budget, "--prompt", "The memory of a machine is", "--json"]
     subprocess.run(
-        [sys.executable, "-m", "hermes", *command, "--max-new-tokens", str(tokens), "--trace", DOCS / "timeline.json"],
+        [sys.executable, "-m", "hermes", *command, "--max-new-tokens", str(tokens), "--trace", trace],
         check=True, capture_output=True, env=environment(model, "free"),
     )  # fmt: skip
+    figures.timeline(json.loads(trace.read_text())["traceEvents"], DOCS / "timeline.svg")
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def test_a_failed_row_is_shown_with_its_reason(report):
 
 def test_a_target_that_is_missed_says_so(report):
     rows = report.Rows([row("hermes", "25", steady_bytes=1e9), row("accelerate", "25", steady=2.0)])
-    lines = report.targets(rows)
+    lines = report.targets(rows, [], [])
     assert any("forward, accelerate" in line and "2.00x | 2.50x | missed" in line for line in lines)
 
 
