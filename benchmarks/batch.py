@@ -20,9 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from conditions import DOCS, MIB, ROOT, environment, evict, last_line, median, taken
-
 import report
+from conditions import DOCS, MIB, ROOT, environment, evict, last_line, median, taken
+from rows import stored
+
 from capped import run_capped
 from hermes.checkpoint.synth import synth
 from hermes.units import parse_bytes
@@ -107,7 +108,7 @@ def compare(wanted: Path, made: Path) -> str:
 
 def measure(name: str, modes: list[str], count: int, samples: int) -> None:
     """In turns; the row keeps what the other mode had."""
-    rows = report.stored("batch")
+    rows = stored("batch")
     row = next((row for row in rows if row["model"] == name), {"model": name})
     rows = [other for other in rows if other is not row]
     with tempfile.TemporaryDirectory(dir=ROOT / "models") as room:

@@ -14,11 +14,12 @@ import argparse
 import json
 from pathlib import Path
 
+import report
 from comparators import PEERS
 from conditions import DISKS, DOCS, MODELS, ROOT, median, profile, taken
+from rows import stored
 from suite import one_run
 
-import report
 from hermes.checkpoint.synth import synth
 from hermes.units import parse_bytes
 
@@ -106,7 +107,7 @@ def keep(new: list[dict]) -> None:
     """Replace rows of the same kind, model, budget and disk."""
     keys = ("kind", "model", "budget", "disk")
     names = {tuple(row[key] for key in keys) for row in new}
-    rows = [row for row in report.stored("predictions") if tuple(row[key] for key in keys) not in names] + new
+    rows = [row for row in stored("predictions") if tuple(row[key] for key in keys) not in names] + new
     rows.sort(key=lambda r: (r["kind"], MODELS.index(r["model"]), DISKS.index(r["disk"]), parse_bytes(r["budget"])))
     Path(DOCS / "predictions.json").write_text(json.dumps({"rows": rows}, indent=1))
     report.write()

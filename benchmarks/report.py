@@ -3,62 +3,15 @@
 Every figure is a median over a row's samples, and every ratio one of medians; the raw samples stay in the JSON.
 """
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import figures
 from comparators import PEERS
 from conditions import DOCS, ENCODERS, MODELS, median
+from paper import HEADLINES, headlines, paper_tables
+from rows import Row, Rows, failed, ratio, stored
 
 from hermes.units import format_bytes
-
-Row = dict
-
-
-def stored(name: str) -> list[Row]:
-    """The rows of docs/NAME.json."""
-    path = DOCS / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
-def failed(row: Row) -> str | None:
-    """Why there are no figures."""
-    return next((run["error"] for run in row["runs"] if "error" in run), None)
-
-
-class Rows:
-    """Rows of the suite, to be asked."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-
-    def where(self, **wanted: str) -> list[Row]:
-        """Those with figures and these fields, smallest cap first."""
-        chosen = (r for r in self.rows if all(r[key] == value for key, value in wanted.items()) and not failed(r))
-        return sorted(chosen, key=lambda row: row["cap_bytes"])
-
-    def one(self, **wanted: str) -> Row | None:
-        """The one with the largest cap."""
-        return (self.where(**wanted) or [None])[-1]
-
-    def compute_seconds(self, model: str) -> float | None:
-        """Of a fully resident steady pass; None where none was measured."""
-        row = self.one(model=model, peer="baseline", cap="100", disk="free")
-        return median(row["runs"], "steady_seconds") if row else None
-
-    def of_bound(self, row: Row) -> float | None:
-        """Share of max(bytes streamed / the disk's rate then, resident compute) that the steady pass reached."""
-        if "steady_bytes" not in row["runs"][0]:
-            return None
-        reading = median(row["runs"], "steady_bytes") / sorted(row["disk_rates"])[len(row["disk_rates"]) // 2]
-        return max(reading, self.compute_seconds(row["model"]) or 0.0) / median(row["runs"], "steady_seconds")
-
-
-def above_floor(row: Row) -> float:
-    """Bytes at the peak, less what the process held before any weight."""
-    return median(row["runs"], "peak_bytes") - median(row["runs"], "floor_bytes")
-
 
 HEADER = """\
 | cap | disk | who | peak | first output, s | Hermes is faster by | steady pass, s | Hermes is faster by | of bound \
@@ -99,88 +52,6 @@ def disk_number(disk: str) -> float:
     return float("inf") if disk == "free" else float(disk)
 
 
-def ratio(theirs: Row, ours: Row, field: str) -> float:
-    """Of medians."""
-    return median(theirs["runs"], field) / median(ours["runs"], field)
-
-
-PAPER = {
-    "bert-large": ("1627 MB", "931 MB", "15.9 s", "3.51 s"),
-    "vit-large": ("600 MB", "159 MB", "345 ms", "43 ms"),
-    "gpt2-medium": ("1400 MB", "563 MB", "1.66 s", "1.12 s"),
-    "gpt-j-6b": ("12.35 GB", "3.24 GB", "31.33 s", "29.64 s"),
-}
-"""Baseline's and Hermes's memory, their latency: Han et al. 2024, eight cores of a Xeon Gold 6248R, six agents."""
-HEADLINES = {"bert-large": (4.24, 0.867), "vit-large": (4.24, 0.867), "gpt2-medium": (2.58, 0.903),
-             "gpt-j-6b": (2.58, 0.903)}  # fmt: skip
-"""Against PipeSwitch: the paper's largest speed-up, and its largest saving of memory, from different settings."""
-
-
-def paper_tables(rows: Rows) -> list[str]:
-    """The paper's rows, ours beside them."""
-    lines = [
-        "## The paper's tables, and ours",
-        "",
-        "*Ours*: memory and first output from cold of the baseline with room for everything, and of Hermes at the "
-        "smallest cap measured, disk as it is. *Above the floor*: less what each process holds before any weight.",
-        "",
-        "| model | paper: memory | paper: latency | ours: memory | ours: first output | memory above the floor |",
-        "|---|---|---|---|---|---|",
-    ]
-    for model, (their_memory, our_memory, their_seconds, our_seconds) in PAPER.items():
-        base = rows.one(model=model, peer="baseline", cap="100", disk="free")
-        ours = rows.where(model=model, peer="hermes", disk="free")
-        memory = seconds = less = "not measured"
-        if base and ours:
-            peaks = [format_bytes(int(median(row["runs"], "peak_bytes"))) for row in (base, ours[0])]
-            firsts = [f"{median(row['runs'], 'first_seconds'):.2f} s" for row in (base, ours[0])]
-            memory, seconds = " -> ".join(peaks), " -> ".join(firsts)
-            less = f"{above_floor(ours[0]) / above_floor(base) - 1:+.1%}"
-        lines.append(
-            f"| {model} | {their_memory} -> {our_memory} | {their_seconds} -> {our_seconds} | {memory} | {seconds} "
-            f"| {less} |"
-        )
-    lines += [
-        "",
-        "The headlines against PipeSwitch, which the paper has from different settings; ours at one, PipeSwitch "
-        "reading per-layer `torch.save` files, with room for the whole model that it holds at the end. *A token with "
-        "nothing kept*: PipeSwitch's cold pass against Hermes's steady pass with no weight resident between tokens. "
-        "With memory for the whole model a standard pipeline's later tokens run at resident speed, and Hermes's too "
-        "(the rows at the largest cap).",
-        "",
-        "| model | what | paper, at most | ours: faster by | ours: less memory above the floor | Hermes's cap |",
-        "|---|---|---|---|---|---|",
-    ]
-    for model, what, speed, saved, row in headlines(rows):
-        speed_up, memory = HEADLINES[model]
-        lines.append(
-            f"| {model} | {what} | {speed_up}x, {memory:.1%} | {speed:.2f}x | {saved:.1%} "
-            f"| {format_bytes(row['cap_bytes'])} |"
-        )
-    return [*lines, ""]
-
-
-def headlines(rows: Rows) -> Iterator[tuple[str, str, float, float, Row]]:
-    """Model, what is compared, times faster, share of memory saved, and Hermes's row: the fastest that saves enough."""
-    for model, (_, memory) in HEADLINES.items():
-        theirs = rows.one(model=model, peer="pipeswitch-torch", disk="free")
-        if theirs is None:
-            continue
-        kinds = [("first output", "hermes", "first_seconds", median(theirs["runs"], "first_seconds"))]
-        if model not in ENCODERS:
-            cold = sorted(run["pass_seconds"][0] for run in theirs["runs"])[len(theirs["runs"]) // 2]
-            kinds.append(("a token with nothing kept", "hermes-nothing-resident", "steady_seconds", cold))
-        for what, peer, field, seconds in kinds:
-            measured = [
-                (seconds / median(row["runs"], field), 1 - above_floor(row) / above_floor(theirs), row)
-                for row in rows.where(model=model, peer=peer, disk="free")
-            ]
-            if measured:
-                enough = [entry for entry in measured if entry[1] >= memory]
-                best = max(enough or measured, key=lambda entry: entry[0] if enough else entry[1])
-                yield model, what, *best
-
-
 def targets(rows: Rows, batch: list[Row], predictions: list[Row]) -> list[str]:
     """What was asked of every measurement, and what came out: the number, at the cap it was taken."""
     lines = ["## Against the targets", "", "| target | where | measured | asked | |", "|---|---|---|---|---|"]
@@ -193,7 +64,7 @@ def targets(rows: Rows, batch: list[Row], predictions: list[Row]) -> list[str]:
         share = rows.of_bound(row)
         if row["cap"] != "100" and row["disk"] != "90" and share is not None:
             line("steady pass, of its bound", place(row), share, 0.95, "")
-    for model, what, speed, saved, row in headlines(rows):
+    for model, what, speed, saved, _, row in headlines(rows):
         line(f"against PipeSwitch, {what}", f"{place(row)}, {saved:.1%} less memory", speed, HEADLINES[model][0])
     for peer, asked in (("llama.cpp", 2.0), ("accelerate", 2.8), ("airllm", 5.0)):
         for theirs in rows.where(model="llama-3b", peer=peer, disk="free"):

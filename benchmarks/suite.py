@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import figures
+import report
 from comparators import HERE, PEERS, Peer, prepare, python_of
 from conditions import (
     DISKS,
@@ -31,9 +32,9 @@ from conditions import (
     profile,
     taken,
     weight_bytes,
-)  # fmt: skip
+)
+from rows import stored
 
-import report
 from capped import run_capped
 from hermes.checkpoint.synth import synth
 from hermes.units import format_bytes, parse_bytes
@@ -188,7 +189,7 @@ def main() -> None:
             options.peer or list(PEERS),
             options.samples,
             options.timeout,
-            report.stored("results"),
+            stored("results"),
         )
     report.write()
 
