@@ -17,7 +17,8 @@ SUITE = Path("benchmarks") / "suite.py"
 def bench(ctx: typer.Context) -> None:
     """Compare with the paper's pipelines, accelerate, llama.cpp and others, each under one cap.
 
-    Options are the suite's: --model, --cap, --disk, --peer, --samples, --report, --clean. Needs root, for the cgroups.
+    Options are the suite's: --model, --cap, --disk, --peer, --samples, --timeout, --timeline, --report,
+    --clean. Needs root, for the cgroups.
     """
     suite = Path(hermes.__file__).resolve().parents[2] / SUITE
     if not suite.exists():
