@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import report
+import results
 from conditions import DOCS, MIB, ROOT, environment, evict, last_line, median, taken
 from rows import stored
 
@@ -135,7 +135,7 @@ def measure(name: str, modes: list[str], count: int, samples: int) -> None:
         if all(path.exists() for path in kept.values()):
             row["outputs"] = compare(kept["resident"], kept["streamed"])
     (DOCS / "batch.json").write_text(json.dumps({"rows": [*rows, row]}, indent=1))
-    report.write()
+    results.write()
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-import report
+import results
 from comparators import PEERS
 from conditions import DISKS, DOCS, MODELS, ROOT, median, profile, taken
 from rows import stored
@@ -59,7 +59,7 @@ def grid(name: str, disk: str, samples: int) -> list[dict]:
             "measured": {"seconds": median(runs, "measured_seconds"), "peak_bytes": median(runs, "peak_bytes")},
             "plan": plan_of(runs[0]), "taken": taken(), "runs": runs,
         }  # fmt: skip
-        errors = (f"{report.error(row, field):+.1%}" for field in ("seconds", "peak_bytes"))
+        errors = (f"{results.error(row, field):+.1%}" for field in ("seconds", "peak_bytes"))
         print(name, budget, disk, *errors, row["plan"], flush=True)
         rows.append(row)
     return rows
@@ -110,7 +110,7 @@ def keep(new: list[dict]) -> None:
     rows = [row for row in stored("predictions") if tuple(row[key] for key in keys) not in names] + new
     rows.sort(key=lambda r: (r["kind"], MODELS.index(r["model"]), DISKS.index(r["disk"]), parse_bytes(r["budget"])))
     Path(DOCS / "predictions.json").write_text(json.dumps({"rows": rows}, indent=1))
-    report.write()
+    results.write()
 
 
 def main() -> None:

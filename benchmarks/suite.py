@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import figures
-import report
+import results
 from comparators import HERE, PEERS, Peer, prepare, python_of
 from conditions import (
     DISKS,
@@ -191,7 +191,7 @@ def main() -> None:
             options.timeout,
             stored("results"),
         )
-    report.write()
+    results.write()
 
 
 if __name__ == "__main__":

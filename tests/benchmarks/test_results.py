@@ -11,11 +11,11 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def report():
+def results():
     before = list(sys.path)
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        yield importlib.import_module("report")
+        yield importlib.import_module("results")
     finally:
         sys.path[:] = before
 
@@ -42,46 +42,46 @@ def row(peer, cap, *, first=4.0, steady=1.0, peak=500, floor=200, disk="free", m
     }
 
 
-def test_the_bound_is_the_disk_or_the_resident_pass(report):
+def test_the_bound_is_the_disk_or_the_resident_pass(results):
     disk_bound = row("hermes", "25", steady=1.0, steady_bytes=1.8e9)
     compute_bound = row("hermes", "75", steady=0.5, steady_bytes=0.2e9)
-    rows = report.Rows([disk_bound, compute_bound, row("baseline", "100", steady=0.4)])
+    rows = results.Rows([disk_bound, compute_bound, row("baseline", "100", steady=0.4)])
     assert rows.of_bound(disk_bound) == pytest.approx(0.9)
     assert rows.of_bound(compute_bound) == pytest.approx(0.8)
 
 
-def test_a_headline_counts_memory_above_each_floor_and_takes_the_fastest_that_saves_enough(report):
+def test_a_headline_counts_memory_above_each_floor_and_takes_the_fastest_that_saves_enough(results):
     small = row("hermes", "10", first=2.0, peak=330, floor=230)  # 100 MiB above its floor: 92 % less
     large = row("hermes", "50", first=1.0, peak=900, floor=230)
     theirs = row("pipeswitch-torch", "100", first=9.0, peak=1650, floor=400)  # 1250 MiB
-    rows = report.Rows([small, large, theirs, row("baseline", "100", steady=0.8)])
-    first, cold = report.headlines(rows)
+    rows = results.Rows([small, large, theirs, row("baseline", "100", steady=0.8)])
+    first, cold = results.headlines(rows)
     assert first == ("bert-large", "first output", pytest.approx(4.5), pytest.approx(1 - 100 / 1250), None, small)
     assert cold[1:3] == ("cold pass", pytest.approx(8.0))
     assert cold[4] == pytest.approx(10.0)  # 8 s against 0.8 s of resident computing: reading 1000 MiB takes less
 
 
-def test_a_token_with_nothing_kept_is_compared_with_a_cold_pass(report):
+def test_a_token_with_nothing_kept_is_compared_with_a_cold_pass(results):
     theirs = row("pipeswitch-torch", "100", model="gpt2-medium", first=3.0, steady=0.1)
     ours = row("hermes-nothing-resident", "10", model="gpt2-medium", steady=0.5)
-    *_, (_, what, speed, _, _, _) = report.headlines(report.Rows([theirs, ours]))
+    *_, (_, what, speed, _, _, _) = results.headlines(results.Rows([theirs, ours]))
     assert (what, speed) == ("a token with nothing kept", pytest.approx(4.0))
 
 
-def test_a_failed_row_is_shown_with_its_reason(report):
+def test_a_failed_row_is_shown_with_its_reason(results):
     killed = row("baseline", "25") | {"runs": [{"error": "killed: out of memory"}]}
-    rows = report.Rows([killed, row("hermes", "25", steady_bytes=1e9, digest="a")])
-    assert any("killed: out of memory" in line for line in report.table(rows, "bert-large"))
+    rows = results.Rows([killed, row("hermes", "25", steady_bytes=1e9, digest="a")])
+    assert any("killed: out of memory" in line for line in results.table(rows, "bert-large"))
     assert rows.one(peer="baseline") is None
 
 
-def test_a_target_that_is_missed_says_so(report):
-    rows = report.Rows([row("hermes", "25", steady_bytes=1e9), row("accelerate", "25", steady=2.0)])
-    lines = report.targets(rows, [], [])
+def test_a_target_that_is_missed_says_so(results):
+    rows = results.Rows([row("hermes", "25", steady_bytes=1e9), row("accelerate", "25", steady=2.0)])
+    lines = results.targets(rows, [], [])
     assert any("forward, accelerate" in line and "2.00x | 2.50x | missed" in line for line in lines)
 
 
-def test_predictions_count_the_rows_within_reach(report):
+def test_predictions_count_the_rows_within_reach(results):
     def grid(predicted):
         return {
             "kind": "grid",
@@ -93,6 +93,6 @@ def test_predictions_count_the_rows_within_reach(report):
             "predicted": {"seconds": predicted, "peak_bytes": 510 * MIB},
         }
 
-    text = "\n".join(report.predictions_tables([grid(0.95), grid(0.5)]))
+    text = "\n".join(results.predictions_tables([grid(0.95), grid(0.5)]))
     assert "seconds within 10% in 1 of 2 rows" in text
     assert "peak within 5% in 2 of 2 rows" in text
