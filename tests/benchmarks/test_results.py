@@ -52,7 +52,7 @@ def test_the_bound_is_the_disk_or_the_resident_pass(results):
 
 def test_a_headline_counts_memory_above_each_floor_and_takes_the_fastest_that_saves_enough(results):
     small = row("hermes", "10", first=2.0, peak=330, floor=230)  # 100 MiB above its floor: 92 % less
-    large = row("hermes", "50", first=1.0, peak=900, floor=230)
+    large = row("hermes", "50", first=1.5, peak=900, floor=230)
     theirs = row("pipeswitch-torch", "100", first=9.0, peak=1650, floor=400)  # 1250 MiB
     rows = results.Rows([small, large, theirs, row("baseline", "100", steady=0.8)])
     first, cold = results.headlines(rows)
