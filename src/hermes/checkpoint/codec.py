@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 
 from hermes.errors import CheckpointError
 
-__all__ = ["CHUNK_ELEMENTS", "HEADER_BYTES", "Encoding", "checksum", "decode_chunk", "encode_chunk", "read_chunk_header"]
+__all__ = [
+    "CHUNK_ELEMENTS",
+    "ENCODINGS",
+    "HEADER_BYTES",
+    "Encoding",
+    "checksum",
+    "decode_chunk",
+    "encode_chunk",
+    "largest_chunk",
+    "read_chunk_header",
+]
 
 CHUNK_ELEMENTS = 32768
 """Of each chunk but a tensor's last one: 64 KiB of bf16. Looking up one row reads and checks whole chunks."""
@@ -125,6 +135,11 @@ def read_chunk_header(view: Buffer, item_bytes: int, number: int) -> tuple[Encod
     elif base > _largest_base(encoding) or payload_bytes < _fixed_bytes(encoding, elements):
         raise CheckpointError("header makes no sense")
     return encoding, base, elements, payload_bytes
+
+
+def largest_chunk(elements: int, item_bytes: int) -> int:
+    """Bytes that no chunk of so many elements exceeds while it is encoded."""
+    return HEADER_BYTES + elements * (item_bytes + 1) + 8 * BLOCK
 
 
 def _largest_base(encoding: Encoding) -> int:

@@ -83,6 +83,7 @@ class Prepared:
             alignment=alignment,
             piece_bytes=piece_bytes,
             cache_lines=not is_transformers_model(self.module),
+            packed=self.checkpoint.packed,
         )
 
     def blocks(self, factory: LoadFactory, granularity: Granularity) -> tuple[list[Block], list[int]]:
