@@ -87,7 +87,9 @@ u64 sum(const u8* data, size_t nbytes) {
     const __m512i halves = _mm512_add_epi32(load64(data + at), key);
     total = _mm512_add_epi64(total, _mm512_mul_epu32(halves, _mm512_srli_epi64(halves, 32)));
   }
-  u64 result = u64(_mm512_reduce_add_epi64(total));
+  u64 lanes[8], result = 0;
+  store64(reinterpret_cast<u8*>(lanes), total);
+  for (const u64 lane : lanes) result += lane;
   for (; at < nbytes; at += 8) result += term(load<u64>(data + at), (at / 8 + 1) * GOLDEN);
   return result;
 }

@@ -42,17 +42,16 @@ def model(tmp_path, state_dict):
 
 
 def contents(path):
+    """Dtype, shape and bytes of every tensor."""
     checkpoint = open_checkpoint(path)
     with open_reader(checkpoint) as reader:
-        return {
-            name: (entry.dtype, entry.shape)
-            + (
-                b"".join(map(bytes, read_unpacked(reader, checkpoint, entry.extent)))
-                if checkpoint.packed
-                else reader.read_bytes(entry.extent),
-            )
-            for name, entry in checkpoint.tensors.items()
-        }
+
+        def content(extent):
+            if checkpoint.packed:
+                return b"".join(map(bytes, read_unpacked(reader, checkpoint, extent)))
+            return reader.read_bytes(extent)
+
+        return {name: (e.dtype, e.shape, content(e.extent)) for name, e in checkpoint.tensors.items()}
 
 
 def test_there_and_back(model, tmp_path):
@@ -78,7 +77,7 @@ def test_planes_are_plain_tensors(model, tmp_path):
 
     pack(model, tmp_path / "packed")
     with safe_open(tmp_path / "packed" / "model-00002-of-00002.safetensors", "pt") as file:
-        assert "large.weight" in file.keys()  # noqa: SIM118 - not a mapping
+        assert "large.weight" in file.keys()
         assert file.get_tensor("large.weight").dtype is torch.uint8
 
 
@@ -186,7 +185,12 @@ def test_runs_hold_every_byte_once_in_order(numels, item_bytes, run_bytes, unpac
         places = np.cumsum([place, *sizes])
         tensors.append(
             PackedTensor(
-                name=str(number), path=None, item_bytes=item_bytes, begin=begin, nbytes=numel * item_bytes, places=places
+                name=str(number),
+                path=None,
+                item_bytes=item_bytes,
+                begin=begin,
+                nbytes=numel * item_bytes,
+                places=places,
             )
         )
         begin, place = begin + numel * item_bytes, int(places[-1])

@@ -1,4 +1,4 @@
-"""Where the chunks of packed tensors lie: arithmetic from ranges of the unpacked file to runs of chunks, and no reading.
+"""Where the chunks of packed tensors lie: arithmetic from ranges of the unpacked file to runs of chunks.
 
 Everybody else keeps to the places of the unpacked file: entries, extents and row ranges speak of offsets in it. The
 tables come from `packed`; what a chunk looks like is in `codec`.
@@ -83,7 +83,9 @@ class PackedFile:
         """Of a chunk when it is unpacked."""
         return max((min(tensor.chunk_bytes, tensor.nbytes) for tensor in self.tensors), default=0)
 
-    def runs(self, offset: int, nbytes: int, *, run_bytes: int, unpacked_bytes: int | None = None) -> Iterator[ChunkRun]:
+    def runs(
+        self, offset: int, nbytes: int, *, run_bytes: int, unpacked_bytes: int | None = None
+    ) -> Iterator[ChunkRun]:
         """The chunks that hold bytes `offset` to `offset + nbytes` of the unpacked file, which may span tensors.
 
         In order, in runs of at most `run_bytes` on disk, and of `unpacked_bytes` in memory if that is given, but one

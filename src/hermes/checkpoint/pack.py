@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -113,11 +112,13 @@ def _pack_file(path: Path, entries: Sequence[TensorEntry], target: Path, advance
             item_bytes = DTYPE_BYTES[entry.dtype]
             advance(min(len(done) * CHUNK_ELEMENTS * item_bytes, entry.extent.nbytes))
             for first, content in _groups(source, entry, len(done)):
-                numbers = range(first, first + num_chunks(len(content) // item_bytes))
                 chunk_bytes = CHUNK_ELEMENTS * item_bytes
-                parts = [content[n * chunk_bytes : (n + 1) * chunk_bytes] for n in range(len(numbers))]
-                chunks = pool.map(lambda n, part: encode_chunk(part, entry.dtype, item_bytes, n), numbers, parts)
-                for chunk in chunks:
+                parts = [content[begin : begin + chunk_bytes] for begin in range(0, len(content), chunk_bytes)]
+                chunks = [
+                    pool.submit(encode_chunk, part, entry.dtype, item_bytes, number)
+                    for number, part in enumerate(parts, first)
+                ]
+                for chunk in (future.result() for future in chunks):
                     out.write(chunk)
                     done.append(len(chunk))
                 advance(len(content))

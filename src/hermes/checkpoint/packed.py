@@ -36,7 +36,7 @@ def read_packed(
     Every chunk lies inside its own tensor's bytes. Raises CheckpointError.
     """
     if metadata["format"] != FORMAT:
-        raise CheckpointError(f"{path}: packed as {metadata['format']}, this Hermes reads {FORMAT}; update, or {_AGAIN}")
+        raise CheckpointError(f"{path}: packed as {metadata['format']}, this Hermes reads {FORMAT}; {_AGAIN}")
     warn_if_slow()
     text = metadata.get(SOURCE_HEADER, "").encode()
     entries, _ = parse_header(path, file, text, None)

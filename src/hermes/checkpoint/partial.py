@@ -45,7 +45,7 @@ def partial_directory(directory: Path, stamp_name: str, stamp: Mapping[str, Any]
 
 
 def copy_beside(source: Path, directory: Path) -> None:
-    """Configuration, tokenizer and all else that lies beside weights: not the weights, their index, or what is hidden."""
+    """Configuration, tokenizer and all else that lies beside weights: no weights, no index, nothing hidden."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if any(part.startswith(".") for part in relative.parts) or path.suffix in _WEIGHTS:

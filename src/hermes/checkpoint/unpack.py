@@ -102,9 +102,7 @@ def read_unpacked(reader: Reader, checkpoint: Checkpoint, extent: Extent) -> Ite
     room = max(_AT_A_TIME_BYTES, packed.largest_chunk_bytes) + 2 * alignment
     buffer = memoryview(mmap.mmap(-1, room))
     aside = memoryview(bytearray(max(_AT_A_TIME_BYTES, packed.largest_unpacked_bytes)))
-    for run in packed.runs(
-        extent.offset, extent.nbytes, run_bytes=_AT_A_TIME_BYTES, unpacked_bytes=_AT_A_TIME_BYTES
-    ):
+    for run in packed.runs(extent.offset, extent.nbytes, run_bytes=_AT_A_TIME_BYTES, unpacked_bytes=_AT_A_TIME_BYTES):
         skip = run.offset % alignment
         needed = skip + run.nbytes
         whole = -(-needed // alignment) * alignment

@@ -117,9 +117,7 @@ def load_resident(directory: Path, task: str, dtype: str | None, trust_remote_co
     checkpoint = open_checkpoint(directory)
     try:
         if checkpoint.packed:
-            loaded = load_packed(
-                auto_class, directory, checkpoint, dtype=settled, trust_remote_code=trust_remote_code
-            )
+            loaded = load_packed(auto_class, directory, checkpoint, dtype=settled, trust_remote_code=trust_remote_code)
         else:
             loaded = auto_class.from_pretrained(
                 str(directory), dtype=settled or "auto", trust_remote_code=trust_remote_code, local_files_only=True

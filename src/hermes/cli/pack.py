@@ -26,13 +26,14 @@ def pack(
     model: Model,
     out: Annotated[Path | None, typer.Argument(help="Made; must not exist, be empty, or hold this same pack.")] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Then unpack all of OUT and compare; without OUT, check that MODEL unpacks.")
+        bool,
+        typer.Option("--verify", help="Then unpack OUT and compare; without OUT, check a packed MODEL."),
     ] = False,
 ) -> None:
     """Write a packed copy of a model, bit for bit the same weights, usable by every command."""
     source = resolve_model(model)
     if out is None and not verify:
-        raise InputError(f"hermes pack {model}: where to? give a directory as OUT (or --verify, to check a packed MODEL)")
+        raise InputError(f"hermes pack {model}: where to? give a directory as OUT, or --verify to check a packed MODEL")
     start = time.perf_counter()
     if out is not None:
         with _progress("packing") as progress:
@@ -47,7 +48,9 @@ def pack(
         with _progress("verifying") as progress:
             nbytes = verify_model(out or source, source if out is not None else None, progress=progress)
         what = "every checksum is right" if out is None else "every byte is the same"
-        print(f"{out or source}: {format_bytes(nbytes)} unpacked, {what}, {format_seconds(time.perf_counter() - start)}")
+        print(
+            f"{out or source}: {format_bytes(nbytes)} unpacked, {what}, {format_seconds(time.perf_counter() - start)}"
+        )
 
 
 def unpack(

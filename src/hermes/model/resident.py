@@ -16,7 +16,7 @@ __all__ = ["load_packed", "state_dict"]
 def load_packed(
     auto_class: Any, directory: Path, checkpoint: Checkpoint, *, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> Any:
-    """What `auto_class.from_pretrained` would make of the unpacked directory. Raises ReadError, and whatever it does."""
+    """What `auto_class.from_pretrained` would make of the unpacked directory. Raises ReadError, and what it does."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(
@@ -48,9 +48,9 @@ def state_dict(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
                     memory[position : position + len(part)] = part
                     position += len(part)
                 dtype = torch_dtype(entry.dtype)
-                tensors[entry.name] = (
-                    torch.frombuffer(memory, dtype=dtype, count=entry.numel, offset=entry.extent.offset).view(entry.shape)
-                    if entry.numel
-                    else torch.empty(entry.shape, dtype=dtype)
-                )
+                if entry.numel:
+                    flat = torch.frombuffer(memory, dtype=dtype, count=entry.numel, offset=entry.extent.offset)
+                    tensors[entry.name] = flat.view(entry.shape)
+                else:
+                    tensors[entry.name] = torch.empty(entry.shape, dtype=dtype)
     return tensors

@@ -10,7 +10,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from hermes.pipeload import BlockDone, BlockWanted, Compute, Fetch, LoadFetched, Order, Pipeline
-from hermes.plan.problem import TOUCH_STEP_BYTES, Problem
+from hermes.plan.problem import TOUCH_STEP_BYTES, Problem, UnitCost
 
 __all__ = ["Prediction", "simulate", "touch_seconds"]
 
@@ -67,8 +67,7 @@ def simulate(
     first = [sum(units[unit].first_seconds for unit in block) for block in blocks]
     later = [sum(units[unit].next_seconds for unit in block) for block in blocks]
     unpacks = [
-        [s / problem.num_cores for unit in block for s in units[unit].unpack_seconds or [0.0] * len(units[unit].slot_bytes)]
-        for block in blocks
+        [seconds / problem.num_cores for unit in block for seconds in _unpack_seconds(units[unit])] for block in blocks
     ]
     pipeline = Pipeline(slots, resident, ring_bytes, ahead=ahead)
     disk: deque[tuple[float, Fetch]] = deque()  # (end, order), in order
@@ -124,3 +123,7 @@ def simulate(
         steady_pass_seconds=steady,
         total_seconds=ends[-1] + steady * (problem.num_passes - len(ends)),
     )
+
+
+def _unpack_seconds(unit: UnitCost) -> Sequence[float]:
+    return unit.unpack_seconds or [0.0] * len(unit.slot_bytes)

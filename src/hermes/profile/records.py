@@ -97,7 +97,7 @@ class Profile:
             process takes; the last one holds for what comes after.
         refaults_per_second: pages the system took away and gave back during the passes; a sign of too tight a cap.
         bandwidths: of the disk.
-        unpack_bytes_per_second: of packed weights, by one core, counted when they are unpacked; 0 where none are packed.
+        unpack_bytes_per_second: of packed weights, as unpacked by one core; 0 where none are packed.
         units: in the order of a pass.
         measured: False where compute was estimated from operations, not measured.
         trace: of the pass over that batch and sequence; None where it could not be followed.
