@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from hermes.checkpoint import Checkpoint, open_checkpoint, open_reader
-from hermes.checkpoint.codec import Encoding
 from hermes.checkpoint.decoder import decode_chunks, instruction_sets
+from hermes.checkpoint.layout import Encoding
 from hermes.checkpoint.pack import pack
 from hermes.checkpoint.unpack import verify
 from hermes.memory.arena import Arena
@@ -41,6 +41,8 @@ def main() -> None:
     records = []
     for model in options.models:
         out = (options.out or model.resolve().parent) / f"{model.name}-packed"
+        if out.exists():
+            sys.exit(f"{out} is there already; remove it, or give another --out")
         start = time.perf_counter()
         pack(model, out)
         packing_seconds = time.perf_counter() - start

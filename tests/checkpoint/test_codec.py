@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hermes.checkpoint import codec
+from hermes.checkpoint import codec, layout
 from hermes.checkpoint.decoder import _decode_slowly, decode_chunks, encode_chunk, instruction_sets
 from hermes.errors import ReadError
 
 RNG = np.random.default_rng(5)
-GAUSSIAN = RNG.normal(0.0, 0.02, codec.CHUNK_ELEMENTS)
+GAUSSIAN = RNG.normal(0.0, 0.02, layout.CHUNK_ELEMENTS)
 
 
 def bf16(values):
@@ -58,7 +58,7 @@ def decode(decoder, chunks, nbytes, item_bytes, number=0, skip=0):
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_goes_in_comes_out_and_is_as_small_as_promised(kind, decoder):
-    elements, dtype, share = words(kind, codec.CHUNK_ELEMENTS)
+    elements, dtype, share = words(kind, layout.CHUNK_ELEMENTS)
     chunk = encode_chunk(memoryview(elements.tobytes()), dtype, elements.itemsize, 3)
     assert len(chunk) <= share * elements.nbytes
     assert decode(decoder, chunk, elements.nbytes, elements.itemsize, 3) == elements.tobytes()
@@ -119,7 +119,7 @@ def test_a_changed_byte_is_noticed_by_every_decoder(place, flip):
 )
 @settings(max_examples=150, deadline=None)
 def test_decoders_agree_on_nonsense_with_a_right_checksum(content, head, item_bytes, skip, wanted):
-    chunk = codec.HEADER.pack(0, *head, len(content)) + content
+    chunk = layout.HEADER.pack(0, *head, len(content)) + content
     chunk = codec.checksum(chunk[8:]).to_bytes(8, "little") + chunk[8:]
     results = set()
     for decoder in DECODERS:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from hermes.checkpoint import Extent, open_checkpoint, open_reader
 from hermes.checkpoint.chunks import PackedFile, PackedTensor
-from hermes.checkpoint.codec import CHUNK_ELEMENTS
+from hermes.checkpoint.layout import CHUNK_ELEMENTS
 from hermes.checkpoint.pack import pack
 from hermes.checkpoint.partial import partial_directory
 from hermes.checkpoint.unpack import read_unpacked, unpack, verify

@@ -9,12 +9,14 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hermes.checkpoint.codec import CHUNK_ELEMENTS
 from hermes.checkpoint.decoder import decode_chunks
+from hermes.checkpoint.layout import CHUNK_ELEMENTS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["ChunkRun", "PackedFile", "PackedTensor", "num_chunks"]
 
@@ -33,7 +35,7 @@ class PackedTensor:
     item_bytes: int
     begin: int
     nbytes: int
-    places: NDArray[np.int64]
+    places: "NDArray[np.int64]"
 
     @property
     def chunk_bytes(self) -> int:
@@ -76,7 +78,7 @@ class PackedFile:
     @property
     def largest_chunk_bytes(self) -> int:
         """Packed, of all tensors."""
-        return max((int(np.diff(tensor.places).max()) for tensor in self.tensors), default=0)
+        return max((int((tensor.places[1:] - tensor.places[:-1]).max()) for tensor in self.tensors), default=0)
 
     @property
     def largest_unpacked_bytes(self) -> int:
@@ -101,7 +103,7 @@ class PackedFile:
                 number = low // tensor.chunk_bytes
                 last = -(-high // tensor.chunk_bytes)  # not any more
                 place = int(tensor.places[number])
-                fitting = int(np.searchsorted(tensor.places, place + run_bytes, side="right")) - 1
+                fitting = int(tensor.places.searchsorted(place + run_bytes, side="right")) - 1
                 if unpacked_bytes is not None:
                     fitting = min(fitting, number + unpacked_bytes // tensor.chunk_bytes)
                 last = min(last, max(fitting, number + 1))

@@ -9,66 +9,32 @@ What is here is slow and allocates; `_native` does the same in C++, and `decoder
 in `packed`.
 """
 
-import struct
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hermes.checkpoint.layout import (
+    BIT_PLANES,
+    BLOCK,
+    CHUNK_ELEMENTS,
+    ENCODINGS,
+    ESCAPE,
+    HEADER,
+    HEADER_BYTES,
+    LOW_BYTES,
+    Encoding,
+)
 from hermes.errors import CheckpointError
 
-__all__ = [
-    "CHUNK_ELEMENTS",
-    "ENCODINGS",
-    "HEADER_BYTES",
-    "Encoding",
-    "checksum",
-    "decode_chunk",
-    "encode_chunk",
-    "largest_chunk",
-    "read_chunk_header",
-]
+__all__ = ["checksum", "decode_chunk", "encode_chunk", "read_chunk_header"]
 
-CHUNK_ELEMENTS = 32768
-"""Of each chunk but a tensor's last one: 64 KiB of bf16. Looking up one row reads and checks whole chunks."""
-BLOCK = 64
-"""Elements whose codes are three words of 64 bits; the last block of a chunk is filled up with zeros."""
-ESCAPE = 7
-HEADER = struct.Struct("<QBBHIII")
-"""Checksum of all that follows it, encoding, lowest exponent of the window, 0, number, elements, payload bytes."""
-HEADER_BYTES = HEADER.size
 _CHECKED_FROM = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 
 Buffer = bytes | memoryview
 Bytes = NDArray[np.uint8]
 Words = NDArray[Any]
-
-
-class Encoding(IntEnum):
-    """How a chunk's elements are stored."""
-
-    RAW = 0
-    """As they are."""
-    BF16 = 1
-    F16 = 2
-    F32 = 3
-    F32_AS_BF16 = 4
-    """float32 whose lower 16 bits are all zero."""
-    F32_AS_F16 = 5
-    """float32 whose lower 13 bits are all zero, as those that were rounded to float16."""
-
-
-#: Planes of a block behind its codes: bit planes, and bytes of the plane of low halves.
-BIT_PLANES = {Encoding.F16: 3, Encoding.F32_AS_F16: 3}
-LOW_BYTES = {Encoding.F32: 2 * BLOCK}
-#: Encodings to try for a dtype, the smallest first.
-ENCODINGS = {
-    "BF16": (Encoding.BF16,),
-    "F16": (Encoding.F16,),
-    "F32": (Encoding.F32_AS_BF16, Encoding.F32_AS_F16, Encoding.F32),
-}
 
 
 def checksum(content: Buffer) -> int:
@@ -135,11 +101,6 @@ def read_chunk_header(view: Buffer, item_bytes: int, number: int) -> tuple[Encod
     elif base > _largest_base(encoding) or payload_bytes < _fixed_bytes(encoding, elements):
         raise CheckpointError("header makes no sense")
     return encoding, base, elements, payload_bytes
-
-
-def largest_chunk(elements: int, item_bytes: int) -> int:
-    """Bytes that no chunk of so many elements exceeds while it is encoded."""
-    return HEADER_BYTES + elements * (item_bytes + 1) + 8 * BLOCK
 
 
 def _largest_base(encoding: Encoding) -> int:

@@ -7,7 +7,7 @@ import functools
 import logging
 from typing import Any
 
-from hermes.checkpoint import codec
+from hermes.checkpoint.layout import ENCODINGS, HEADER_BYTES, largest_chunk
 from hermes.errors import CheckpointError, ReadError
 
 __all__ = ["decode_chunks", "encode_chunk", "instruction_sets", "warn_if_slow"]
@@ -74,18 +74,22 @@ def encode_chunk(content: memoryview, dtype: str, item_bytes: int, number: int) 
     """The chunk that holds these elements; the same bytes as `codec.encode_chunk`."""
     native = _native()
     if native is None:
+        from hermes.checkpoint import codec
+
         return codec.encode_chunk(content, dtype, item_bytes, number)
-    target = bytearray(codec.largest_chunk(len(content) // item_bytes, item_bytes))
-    nbytes = native.encode_chunk(content, target, item_bytes, bytes(codec.ENCODINGS.get(dtype, ())), number)
+    target = bytearray(largest_chunk(len(content) // item_bytes, item_bytes))
+    nbytes = native.encode_chunk(content, target, item_bytes, bytes(ENCODINGS.get(dtype, ())), number)
     return bytes(target[:nbytes])
 
 
 def _decode_slowly(source: memoryview, target: memoryview, item_bytes: int, number: int, skip: int) -> tuple[str, int]:
+    from hermes.checkpoint import codec
+
     done = 0
     while done < len(target):
         try:
             *_, payload_bytes = codec.read_chunk_header(source, item_bytes, number)
-            chunk, source = source[: codec.HEADER_BYTES + payload_bytes], source[codec.HEADER_BYTES + payload_bytes :]
+            chunk, source = source[: HEADER_BYTES + payload_bytes], source[HEADER_BYTES + payload_bytes :]
             content = codec.decode_chunk(chunk, item_bytes, number)
         except CheckpointError as error:
             return str(error), number

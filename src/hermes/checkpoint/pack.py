@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hermes.checkpoint.chunks import num_chunks
-from hermes.checkpoint.codec import CHUNK_ELEMENTS, HEADER_BYTES, largest_chunk, read_chunk_header
+from hermes.checkpoint.codec import read_chunk_header
 from hermes.checkpoint.decoder import decode_chunks, encode_chunk
 from hermes.checkpoint.index import DTYPE_BYTES, Checkpoint, TensorEntry
+from hermes.checkpoint.layout import CHUNK_ELEMENTS, HEADER_BYTES, largest_chunk
 from hermes.checkpoint.open import open_checkpoint
 from hermes.checkpoint.packed import FORMAT, SOURCE_HEADER, TABLE_NAME
 from hermes.checkpoint.partial import copy_beside, partial_directory, sync

@@ -5,17 +5,19 @@ What is done with the places is in `chunks`; `docs/format.md` describes the file
 
 from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from hermes.checkpoint.chunks import PackedFile, PackedTensor, num_chunks
-from hermes.checkpoint.codec import HEADER_BYTES
 from hermes.checkpoint.decoder import warn_if_slow
 from hermes.checkpoint.index import DTYPE_BYTES, TensorEntry
+from hermes.checkpoint.layout import HEADER_BYTES
 from hermes.checkpoint.readers import forget
 from hermes.checkpoint.safetensors import parse_header
 from hermes.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["FORMAT", "SOURCE_HEADER", "TABLE_NAME", "read_packed"]
 
@@ -35,6 +37,8 @@ def read_packed(
 
     Every chunk lies inside its own tensor's bytes. Raises CheckpointError.
     """
+    import numpy as np  # only where something is packed: it costs memory
+
     if metadata["format"] != FORMAT:
         raise CheckpointError(f"{path}: packed as {metadata['format']}, this Hermes reads {FORMAT}; {_AGAIN}")
     warn_if_slow()
@@ -71,7 +75,9 @@ def read_packed(
     return entries, PackedFile(tensors=tensors)
 
 
-def _read_table(path: Path, entry: TensorEntry) -> NDArray[np.int64]:
+def _read_table(path: Path, entry: TensorEntry) -> "NDArray[np.int64]":
+    import numpy as np
+
     if entry.dtype != "U8" or entry.extent.nbytes % 4:
         raise CheckpointError(f"{path}: its table of chunks is {entry.extent.nbytes} of {entry.dtype}; {_AGAIN}")
     try:

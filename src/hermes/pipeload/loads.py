@@ -101,13 +101,12 @@ def plan_load(
         lead = 0
         if len(extents) == 1 and codec is None:
             lead = extents[0].offset % alignment // address_alignment * address_alignment
-        pieces = _chunked(extents, nbytes, alignment, piece_bytes, codec, packed, lead)
         return Load(
             name=name,
             slot_bytes=_align(lead + nbytes, max(alignment, SLOT_BYTES)),
             data_offset=lead,
             nbytes=nbytes,
-            pieces=tuple(pieces),
+            pieces=tuple(_chunked(extents, nbytes, alignment, piece_bytes, codec, packed, lead)),
         )
     if len(extents) == 1 and codec is None and extents[0].nbytes:
         (extent,) = extents

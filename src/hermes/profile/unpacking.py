@@ -5,9 +5,9 @@ from collections import Counter
 
 import numpy as np
 
-from hermes.checkpoint.codec import CHUNK_ELEMENTS
 from hermes.checkpoint.decoder import decode_chunks, encode_chunk
 from hermes.checkpoint.index import DTYPE_BYTES, Checkpoint
+from hermes.checkpoint.layout import CHUNK_ELEMENTS
 from hermes.memory.arena import Arena
 
 __all__ = ["measure_unpacking"]
