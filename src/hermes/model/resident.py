@@ -9,6 +9,7 @@ import torch
 from hermes.checkpoint import Checkpoint, open_reader
 from hermes.checkpoint.unpack import read_unpacked
 from hermes.model.blocks import torch_dtype
+from hermes.model.skeleton import build_skeleton
 
 __all__ = ["load_packed", "state_dict"]
 
@@ -22,12 +23,13 @@ def load_packed(
     config = transformers.AutoConfig.from_pretrained(
         str(directory), trust_remote_code=trust_remote_code, local_files_only=True
     )
-    model = auto_class.from_pretrained(
+    # The automatic classes want a directory to read weights from; the class that they choose takes them as they are.
+    chosen = type(build_skeleton(directory, auto_class=auto_class, dtype=dtype, trust_remote_code=trust_remote_code))
+    model: Any = chosen.from_pretrained(
         None,
         config=config,
         state_dict=state_dict(checkpoint),
         dtype=dtype or "auto",
-        trust_remote_code=trust_remote_code,
     )
     if model.can_generate() and (directory / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(directory), local_files_only=True)
