@@ -51,10 +51,10 @@ def carry_out(load, alignment, buffer_bytes):
             assert piece.target + piece.target_bytes <= load.slot_bytes
             source = memoryview(found)[piece.skip : piece.skip + piece.nbytes]
             target = memoryview(slot)[piece.target : piece.target + piece.target_bytes]
-            if load.codec is None:
+            if piece.codec is None:
                 target[:] = source
             else:
-                load.codec(source, target)
+                piece.codec(source, target)
             begin, end = piece.offset + piece.skip, piece.offset + piece.skip + piece.nbytes
         else:
             assert piece.target % alignment == 0

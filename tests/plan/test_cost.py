@@ -1,5 +1,7 @@
 """The simulated clock: against cases worked out by hand, and against bounds that nothing can beat."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,31 @@ def test_one_pass_bound_by_the_disk(make_problem):
     found = run(make_problem([([100], 0.5, 0.5)] * 3))
     assert found.first_pass_seconds == pytest.approx(3.5)
     assert found.total_seconds == pytest.approx(3.5)
+
+
+def packed(problem, seconds):
+    """Every load takes a core so long to unpack."""
+    units = [replace(unit, unpack_seconds=(seconds,) * len(unit.slot_bytes)) for unit in problem.units]
+    return replace(problem, units=units)
+
+
+def test_agents_unpack_while_others_read(make_problem):
+    # Reads end at 1, 2, 3 s, each is unpacked on both cores in 0.5 s; the last block has nothing beside it to wait for.
+    problem = packed(make_problem([([100], 0.0, 0.0)] * 3, num_cores=2), 1.0)
+    assert run(problem).first_pass_seconds == pytest.approx(3.5)
+
+
+def test_unpacking_can_be_what_all_wait_for(make_problem):
+    problem = packed(make_problem([([100], 0.0, 0.0)] * 3, num_cores=2), 4.0)
+    assert run(problem).first_pass_seconds == pytest.approx(1.0 + 3 * 2.0)
+
+
+def test_unpacking_takes_cores_from_the_computation_unless_that_was_measured_so(make_problem):
+    problem = packed(make_problem([([100], 4.0, 4.0)] * 3, num_cores=2), 1.0)
+    # 1.5 s until the first block is there, and 0.5 s for each load beside 12 s of computing: two are of the next pass.
+    assert run(problem).first_pass_seconds == pytest.approx(1.5 + 12.0 + 5 * 0.5)
+    measured = replace(problem, unpacking_slows_compute=False)
+    assert run(measured).first_pass_seconds == pytest.approx(1.5 + 12.0)
 
 
 def test_one_pass_bound_by_computing(make_problem):

@@ -3,8 +3,10 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from hermes.checkpoint.chunks import PackedFile
 
 __all__ = ["DTYPE_BYTES", "Checkpoint", "Extent", "FileStamp", "TensorEntry"]
 
@@ -29,7 +31,7 @@ class FileStamp:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extent:
-    """`nbytes` contiguous bytes at `offset` of file number `file` in `Checkpoint.files`."""
+    """`nbytes` contiguous bytes at `offset` of file number `file` in `Checkpoint.files`, unpacked if it is packed."""
 
     file: int
     offset: int
@@ -53,10 +55,14 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Every tensor of a model, read in place from the files it came in."""
+    """Every tensor of a model, read in place from the files it came in.
+
+    Of a packed file (those that `packed` has, by number) extents are places in the file as it was before it was packed.
+    """
 
     files: tuple[FileStamp, ...]
     tensors: Mapping[str, TensorEntry]
+    packed: Mapping[int, PackedFile] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

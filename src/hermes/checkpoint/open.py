@@ -10,7 +10,9 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from hermes.checkpoint.chunks import PackedFile
 from hermes.checkpoint.index import Checkpoint, FileStamp, TensorEntry
+from hermes.checkpoint.packed import FORMAT, read_packed
 from hermes.checkpoint.safetensors import read_header
 from hermes.checkpoint.torch_zip import read_torch_zip
 from hermes.errors import CheckpointError
@@ -41,7 +43,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if found.name.endswith(_INDEX_SUFFIX):
         return _open_shards(found)
     stamp = _stamp(found)
-    return Checkpoint(files=(stamp,), tensors=_read_tensors(found, 0))
+    tensors, packed = _read_tensors(found, 0)
+    return Checkpoint(files=(stamp,), tensors=tensors, packed={0: packed} if packed else {})
 
 
 def _weights_in(directory: Path) -> Path:
@@ -76,8 +79,9 @@ def _stamp(path: Path) -> FileStamp:
     return FileStamp(path=path, nbytes=status.st_size, mtime_ns=status.st_mtime_ns, inode=status.st_ino)
 
 
-def _read_tensors(path: Path, file: int) -> dict[str, TensorEntry]:
-    """The tensors of one weight file, by what its first bytes say it is."""
+def _read_tensors(path: Path, file: int) -> tuple[dict[str, TensorEntry], PackedFile | None]:
+    """The tensors of one weight file, by what its first bytes say it is, and how they are packed if they are."""
+    packed = None
     try:
         with open(path, "rb") as stream:
             start = stream.read(64)
@@ -93,7 +97,9 @@ def _read_tensors(path: Path, file: int) -> dict[str, TensorEntry]:
     if start.startswith(b"PK\x03\x04"):
         tensors = read_torch_zip(path, file)
     elif start[8:9] == b"{" or path.suffix == ".safetensors":
-        tensors, _ = read_header(path, file)
+        tensors, metadata = read_header(path, file)
+        if metadata.get("format", "").startswith(FORMAT.rpartition("-")[0]):
+            tensors, packed = read_packed(path, file, tensors, metadata)
     else:
         raise CheckpointError(
             f"{path}: starts with {start[:8]!r}: neither safetensors nor a torch.save archive; "
@@ -104,7 +110,7 @@ def _read_tensors(path: Path, file: int) -> dict[str, TensorEntry]:
             name.encode()
         except UnicodeEncodeError as error:
             raise CheckpointError(f"{path}: tensor name {name!r} is not valid text; save the file again") from error
-    return tensors
+    return tensors, packed
 
 
 def _open_shards(index: Path) -> Checkpoint:
@@ -113,12 +119,16 @@ def _open_shards(index: Path) -> Checkpoint:
     shards = sorted(set(weight_map.values()))
     files: list[FileStamp] = []
     tensors: dict[str, TensorEntry] = {}
+    packed: dict[int, PackedFile] = {}
     for number, shard in enumerate(shards):
         path = _shard_path(index, shard)
         if not os.path.exists(path):
             raise CheckpointError(f"{path}: no such file, but {index.name} names it; download the model again")
         files.append(_stamp(path))
-        for name, entry in _read_tensors(path, number).items():
+        found, packing = _read_tensors(path, number)
+        if packing is not None:
+            packed[number] = packing
+        for name, entry in found.items():
             home = weight_map.get(name)
             if home is None and name in tensors:
                 raise CheckpointError(f"{path}: tensor {name!r} is in two shards, {index.name} has none; save it again")
@@ -129,7 +139,7 @@ def _open_shards(index: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{_shard_path(index, shard)}: has no tensor {name!r}, but {index.name} says so; download both again"
             )
-    return Checkpoint(files=tuple(files), tensors=tensors)
+    return Checkpoint(files=tuple(files), tensors=tensors, packed=packed)
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:

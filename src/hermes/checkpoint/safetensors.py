@@ -16,7 +16,7 @@ from hermes.checkpoint.index import DTYPE_BYTES, Extent, TensorEntry
 from hermes.checkpoint.readers import forget, stop_readahead
 from hermes.errors import CheckpointError
 
-__all__ = ["MAX_HEADER_BYTES", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "parse_header", "read_header", "read_header_text"]
 
 #: safetensors' own limit.
 MAX_HEADER_BYTES = 100_000_000
@@ -31,20 +31,38 @@ def read_header(path: Path, file: int) -> tuple[dict[str, TensorEntry], dict[str
     Every extent lies inside the file, no two overlap, and each is exactly shape x dtype long. Raises CheckpointError.
     """
     try:
-        header, start, file_bytes = _read_json(path)
+        text, file_bytes = read_header_text(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return parse_header(path, file, text, file_bytes)
+
+
+def parse_header(
+    path: Path, file: int, text: bytes, file_bytes: int | None
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The same from the header's JSON; `file_bytes` is None where the file that it describes is not at hand."""
+    try:
+        # safetensors' padding comes behind the header, never before it.
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique) if text[:1] == b"{" else None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: header is not valid JSON ({_one_line(error)}); {_AGAIN}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: header is not a JSON table of tensors; {_AGAIN}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ is not a table of text; {_AGAIN}")
-    entries = [_entry(path, file, name, fields, start, file_bytes) for name, fields in header.items()]
+    start = 8 + len(text)
+    end = _MAX_SIZE if file_bytes is None else file_bytes
+    entries = [_entry(path, file, name, fields, start, end) for name, fields in header.items()]
     entries.sort(key=lambda entry: (entry.extent.offset, entry.extent.nbytes))
+    if file_bytes is None:
+        file_bytes = max((entry.extent.offset + entry.extent.nbytes for entry in entries), default=start)
     _refuse_gaps(path, entries, start, file_bytes)
     return {entry.name: entry for entry in entries}, metadata
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header as a dict, the offset of the data behind it, and the size of the file."""
+def read_header_text(path: Path) -> tuple[bytes, int]:
+    """The header's JSON, padding included, and the size of the file. Raises CheckpointError, OSError."""
     with open(path, "rb") as stream:
         stop_readahead(stream.fileno())
         file_bytes = os.fstat(stream.fileno()).st_size
@@ -61,14 +79,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
             raise CheckpointError(f"{path}: header of {length} bytes in a file of {file_bytes}: truncated; {_AGAIN}")
         text = stream.read(length)
         forget(stream.fileno(), 0, 8 + length)
-    try:
-        # safetensors' padding comes behind the header, never before it.
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique) if text[:1] == b"{" else None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: header is not valid JSON ({_one_line(error)}); {_AGAIN}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: header is not a JSON table of tensors; {_AGAIN}")
-    return header, 8 + length, file_bytes
+    return text, file_bytes
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

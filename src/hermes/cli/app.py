@@ -12,6 +12,7 @@ import hermes
 from hermes.cli.bench import bench
 from hermes.cli.doctor import doctor
 from hermes.cli.errors import GuardedGroup
+from hermes.cli.pack import pack, unpack
 from hermes.cli.plan import plan
 from hermes.cli.profile import profile
 from hermes.cli.run import run
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, plan, profile, doctor, synth):
+for command in (run, plan, profile, doctor, synth, pack, unpack):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
@@ -56,7 +57,7 @@ def options(
         print(hermes.__version__)
         raise typer.Exit
     _set_up_logging(verbose=verbose)
-    if ctx.invoked_subcommand not in ("bench", "synth"):
+    if ctx.invoked_subcommand not in ("bench", "pack", "synth", "unpack"):
         _check_limit()
 
 

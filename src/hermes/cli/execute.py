@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hermes.cli.jobs import Job
 from hermes.cli.plan import plan_document
-from hermes.errors import ModelError
+from hermes.errors import HermesError, ModelError
 from hermes.memory.probe import peak_resident_bytes, process_read_bytes
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def load_resident(directory: Path, task: str, dtype: str | None, trust_remote_co
     import transformers
 
     from hermes.api import torch_dtype
+    from hermes.checkpoint import open_checkpoint
+    from hermes.model.resident import load_packed
 
     auto_class = {
         "text-generation": transformers.AutoModelForCausalLM,
@@ -112,10 +114,16 @@ def load_resident(directory: Path, task: str, dtype: str | None, trust_remote_co
     }[task]
     transformers.utils.logging.disable_progress_bar()
     settled = torch_dtype(dtype)
+    checkpoint = open_checkpoint(directory)
     try:
-        loaded = auto_class.from_pretrained(
-            str(directory), dtype=settled or "auto", trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        if checkpoint.packed:
+            loaded = load_packed(auto_class, directory, checkpoint, dtype=settled, trust_remote_code=trust_remote_code)
+        else:
+            loaded = auto_class.from_pretrained(
+                str(directory), dtype=settled or "auto", trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except HermesError:
+        raise
     # Everything: transformers has no error of its own for what does not fit.
     except Exception as error:
         raise ModelError(f"{directory}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error

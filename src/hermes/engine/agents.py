@@ -134,10 +134,10 @@ class LoadingAgents:
             self._reader.read_into(piece.file, piece.offset, buffer[: piece.length], piece.required)
             source = buffer[piece.skip : piece.skip + piece.nbytes]
             target = ticket.slot[piece.target : piece.target + piece.target_bytes]
-            if ticket.load.codec is None:
+            if piece.codec is None:
                 target[:] = source
             else:
-                ticket.load.codec(source, target)
+                piece.codec(source, target)
         except ReadError as error:
             raise ReadError(f"{ticket.load.name}: {error}") from error
         except HermesError:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hermes.checkpoint.chunks import PackedFile
 from hermes.checkpoint.index import DTYPE_BYTES, Extent
 from hermes.model.mapping import Source
 from hermes.model.trace import tensors_in
@@ -174,8 +175,10 @@ class LoadFactory:
         alignment: int,
         piece_bytes: int,
         cache_lines: bool,
+        packed: Mapping[int, PackedFile] | None = None,
     ) -> None:
         self._sources = sources
+        self._packed = packed or {}
         self._alignment = alignment
         self._piece_bytes = piece_bytes
         self._address_alignment = CACHE_LINE_BYTES if cache_lines else 1
@@ -194,8 +197,19 @@ class LoadFactory:
 
     @property
     def buffer_bytes(self) -> int:
-        """What an agent needs for a piece that cannot be read straight into place."""
-        return self._piece_bytes + 2 * self._alignment
+        """What an agent needs for a piece that cannot be read straight into place.
+
+        If packed, once more for what is unpacked before it is cast.
+        """
+        files = self._packed.values()
+        read_bytes = max([self._piece_bytes, *(file.largest_chunk_bytes for file in files)])
+        aside_bytes = max([self._piece_bytes, *(file.largest_unpacked_bytes for file in files)])
+        casts = any(
+            torch_dtype(source.dtype) != self._homes[name].tensor.dtype
+            for name, source in self._sources.items()
+            if source.convert is None
+        )
+        return read_bytes + 2 * self._alignment + (aside_bytes if files and casts else 0)
 
     def block(self, units: Iterable[Unit]) -> Block:
         """The block of these units."""
@@ -248,6 +262,7 @@ class LoadFactory:
                     alignment=self._alignment,
                     piece_bytes=self._piece_bytes,
                     address_alignment=max(self._address_alignment, DTYPE_BYTES[source.dtype]),
+                    packed=self._packed,
                 )
                 for extent in source.extents
             ]
@@ -271,6 +286,7 @@ class LoadFactory:
             piece_bytes=self._piece_bytes,
             address_alignment=max(self._address_alignment, tensor.element_size()),
             codec=None if stored == tensor.dtype else _cast(stored, tensor.dtype),
+            packed=self._packed,
         )
 
 

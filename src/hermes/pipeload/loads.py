@@ -4,9 +4,10 @@ A *load* is one tensor as a block streams it: a slot of memory, and the *pieces*
 each on its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from hermes.checkpoint.chunks import PackedFile
 from hermes.checkpoint.index import Extent
 
 __all__ = ["Codec", "Load", "Piece", "Place", "plan_load"]
@@ -23,7 +24,8 @@ class Piece:
     """One read: `length` bytes at `offset` of file number `file`, at least `required` of which must be there.
 
     Without `bounced` they land at `target` in the slot as they are. With it they land in the agent's own buffer, and
-    the `nbytes` from `skip` on are copied, or decoded, to `target`.
+    the `nbytes` from `skip` on are copied, or decoded, to the `target_bytes` at `target`. `unpacked` says that they are
+    whole chunks of a packed file, and that `codec` begins by unpacking them.
     """
 
     file: int
@@ -35,6 +37,8 @@ class Piece:
     skip: int = 0
     nbytes: int = 0
     target_bytes: int = 0
+    codec: Codec | None = None
+    unpacked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,13 +53,17 @@ class Load:
     data_offset: int
     nbytes: int
     pieces: tuple[Piece, ...]
-    codec: Codec | None = None
     shift: int = 0
 
     @property
     def read_bytes(self) -> int:
         """Bytes that come from disk for it."""
         return sum(piece.length for piece in self.pieces)
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Of its bytes, those that agents unpack."""
+        return sum(piece.target_bytes for piece in self.pieces if piece.unpacked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,7 @@ def plan_load(
     piece_bytes: int,
     address_alignment: int = 1,
     codec: Codec | None = None,
+    packed: Mapping[int, PackedFile] | None = None,
 ) -> Load:
     """The load that fills `nbytes` of a parameter from `extents` in order.
 
@@ -82,9 +91,23 @@ def plan_load(
     the tensor begins wherever it does in the file, or at the multiple of `address_alignment` below, to which it is then
     moved. Several extents, or a codec, go through the agents' buffers of `piece_bytes` + 2 x `alignment`.
 
+    Extents of a file that is `packed` are read as the whole chunks that hold them, each piece at most `piece_bytes` or
+    one chunk. The tensor lies in the slot where the unpacked file's would: kernels may round by address.
+
     **Guarantee.** Every byte of every extent is wanted by exactly one piece, and lands at its own place; the address of
     the tensor is a multiple of `address_alignment` if the slot's is.
     """
+    if packed and any(extent.file in packed for extent in extents):
+        lead = 0
+        if len(extents) == 1 and codec is None:
+            lead = extents[0].offset % alignment // address_alignment * address_alignment
+        return Load(
+            name=name,
+            slot_bytes=_align(lead + nbytes, max(alignment, SLOT_BYTES)),
+            data_offset=lead,
+            nbytes=nbytes,
+            pieces=tuple(_chunked(extents, nbytes, alignment, piece_bytes, codec, packed, lead)),
+        )
     if len(extents) == 1 and codec is None and extents[0].nbytes:
         (extent,) = extents
         begin = extent.offset // alignment * alignment
@@ -110,12 +133,13 @@ def plan_load(
         slot_bytes=_align(nbytes, max(alignment, SLOT_BYTES)),
         data_offset=0,
         nbytes=nbytes,
-        pieces=tuple(_bounced(extents, nbytes, alignment, piece_bytes)),
-        codec=codec,
+        pieces=tuple(_bounced(extents, nbytes, alignment, piece_bytes, codec)),
     )
 
 
-def _bounced(extents: Sequence[Extent], nbytes: int, alignment: int, piece_bytes: int) -> Iterator[Piece]:
+def _bounced(
+    extents: Sequence[Extent], nbytes: int, alignment: int, piece_bytes: int, codec: Codec | None
+) -> Iterator[Piece]:
     stored_bytes = sum(extent.nbytes for extent in extents)
     done = 0
     for extent in extents:
@@ -134,8 +158,59 @@ def _bounced(extents: Sequence[Extent], nbytes: int, alignment: int, piece_bytes
                 skip=skip,
                 nbytes=wanted,
                 target_bytes=(done + wanted) * nbytes // stored_bytes - target,
+                codec=codec,
             )
             done += wanted
+
+
+def _chunked(
+    extents: Sequence[Extent],
+    nbytes: int,
+    alignment: int,
+    piece_bytes: int,
+    codec: Codec | None,
+    packed: Mapping[int, PackedFile],
+    lead: int,
+) -> Iterator[Piece]:
+    stored_bytes = sum(extent.nbytes for extent in extents)
+    done = 0
+    for extent in extents:
+        if extent.file not in packed:
+            raise ValueError("a tensor that is partly packed")
+        # With a codec the chunks are unpacked aside first, into as much memory as they are read into.
+        aside_bytes = None if codec is None else piece_bytes
+        for run in packed[extent.file].runs(
+            extent.offset, extent.nbytes, run_bytes=piece_bytes, unpacked_bytes=aside_bytes
+        ):
+            begin = run.offset // alignment * alignment
+            skip = run.offset - begin
+            target = done * nbytes // stored_bytes
+            done += run.unpacked_bytes
+            decode = run.decoder()
+            yield Piece(
+                file=extent.file,
+                offset=begin,
+                length=_align(skip + run.nbytes, alignment),
+                required=skip + run.nbytes,
+                target=lead + target,
+                bounced=True,
+                skip=skip,
+                nbytes=run.nbytes,
+                target_bytes=done * nbytes // stored_bytes - target,
+                codec=decode if codec is None else _both(decode, codec, run.unpacked_bytes),
+                unpacked=True,
+            )
+
+
+def _both(first: Codec, then: Codec, nbytes: int) -> Codec:
+    """One after the other, with `nbytes` between them."""
+
+    def codec(source: memoryview, target: memoryview) -> None:
+        between = memoryview(bytearray(nbytes))
+        first(source, between)
+        then(between, target)
+
+    return codec
 
 
 def _align(nbytes: int, alignment: int) -> int:

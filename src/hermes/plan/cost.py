@@ -1,7 +1,8 @@
 """What a plan will cost, by driving the engine's own state machine with a clock that is only counted.
 
 The disk is one server: loads come in the order they were ordered, at the measured rate, and later where their memory is
-touched for the first time, which takes the cores from the Inference Agent, too. That is the other server.
+touched for the first time, which takes the cores from the Inference Agent, too. That is the other server. What is
+packed goes through a third: the cores, on which agents unpack while others read.
 """
 
 from collections import deque
@@ -9,7 +10,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from hermes.pipeload import BlockDone, BlockWanted, Compute, Fetch, LoadFetched, Order, Pipeline
-from hermes.plan.problem import TOUCH_STEP_BYTES, Problem
+from hermes.plan.problem import TOUCH_STEP_BYTES, Problem, UnitCost
 
 __all__ = ["Prediction", "simulate", "touch_seconds"]
 
@@ -65,16 +66,19 @@ def simulate(
     reads = [[n for unit in block for n in units[unit].read_bytes] for block in blocks]
     first = [sum(units[unit].first_seconds for unit in block) for block in blocks]
     later = [sum(units[unit].next_seconds for unit in block) for block in blocks]
+    unpacks = [
+        [seconds / problem.num_cores for unit in block for seconds in _unpack_seconds(units[unit])] for block in blocks
+    ]
     pipeline = Pipeline(slots, resident, ring_bytes, ahead=ahead)
     disk: deque[tuple[float, Fetch]] = deque()  # (end, order), in order
-    disk_free = now = 0.0
+    disk_free = cores_free = now = 0.0
     touched_bytes = 0  # of the ring; the resident store is touched load by load, each once
     taken_bytes = 0  # of both
-    faulting = 0.0  # seconds that agents spend in page faults, on a core that the computation then lacks
+    faulting = 0.0  # seconds that agents spend in page faults or unpack, on cores that the computation then lacks
     granted = False
 
     def carry_out(orders: Sequence[Order], time: float) -> None:
-        nonlocal disk_free, granted, touched_bytes, taken_bytes, faulting
+        nonlocal disk_free, cores_free, granted, touched_bytes, taken_bytes, faulting
         for order in orders:
             match order:
                 case Fetch(_, block, load, offset):
@@ -87,7 +91,10 @@ def simulate(
                     taken_bytes += new_bytes
                     faulting += touching
                     disk_free = max(disk_free, time) + reads[block][load] / bytes_per_second + touching
-                    disk.append((disk_free, order))
+                    unpacking = unpacks[block][load]
+                    cores_free = max(cores_free, disk_free) + unpacking
+                    faulting += unpacking if problem.unpacking_slows_compute else 0.0
+                    disk.append((cores_free, order))
                 case Compute():
                     granted = True
 
@@ -116,3 +123,7 @@ def simulate(
         steady_pass_seconds=steady,
         total_seconds=ends[-1] + steady * (problem.num_passes - len(ends)),
     )
+
+
+def _unpack_seconds(unit: UnitCost) -> Sequence[float]:
+    return unit.unpack_seconds or [0.0] * len(unit.slot_bytes)

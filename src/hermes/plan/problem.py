@@ -13,6 +13,7 @@ class UnitCost:
     """One unit, as the planner sees it: bytes of each of its loads, and seconds of computing it.
 
     `first_seconds` is for the first pass (a prompt, a batch of texts), `next_seconds` for each later one (one token).
+    `unpack_seconds` are those that one core takes to unpack each load; none where nothing is packed.
     """
 
     name: str
@@ -20,6 +21,7 @@ class UnitCost:
     read_bytes: tuple[int, ...]
     first_seconds: float
     next_seconds: float
+    unpack_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,8 @@ class Problem:
         touch_seconds_per_byte: what it costs to write to memory for the first time, for each further `TOUCH_STEP_BYTES`
             that the process takes; the last one holds for what comes after. On a virtual machine that can be
             more than reading the same bytes from disk, so that a single pass is fastest with little memory.
+        num_cores: that Loading Agents unpack on, at most one each.
+        unpacking_slows_compute: False where the seconds of units were measured while agents unpacked.
     """
 
     units: Sequence[UnitCost]
@@ -61,6 +65,8 @@ class Problem:
     num_passes: int
     preparing_bytes: int = 0
     touch_seconds_per_byte: Sequence[float] = ()
+    num_cores: int = 1
+    unpacking_slows_compute: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

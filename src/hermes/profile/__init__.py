@@ -15,6 +15,7 @@ from hermes.profile.records import (
     UnitRecord,
 )
 from hermes.profile.store import load_profile, profile_path, save_profile
+from hermes.profile.unpacking import measure_unpacking
 
 __all__ = [
     "PROFILE_VERSION",
@@ -29,6 +30,7 @@ __all__ = [
     "machine_record",
     "measure_bandwidth",
     "measure_touch",
+    "measure_unpacking",
     "profile_path",
     "refresh_bandwidths",
     "save_profile",

@@ -97,6 +97,7 @@ class Profile:
             process takes; the last one holds for what comes after.
         refaults_per_second: pages the system took away and gave back during the passes; a sign of too tight a cap.
         bandwidths: of the disk.
+        unpack_bytes_per_second: of packed weights, as unpacked by one core; 0 where none are packed.
         units: in the order of a pass.
         measured: False where compute was estimated from operations, not measured.
         trace: of the pass over that batch and sequence; None where it could not be followed.
@@ -112,6 +113,7 @@ class Profile:
     floor_bytes: int
     touch_seconds_per_byte: tuple[float, ...] = ()
     refaults_per_second: float = 0.0
+    unpack_bytes_per_second: float = 0.0
     bandwidths: tuple[BandwidthRecord, ...]
     units: tuple[UnitRecord, ...]
     measured: bool = True

@@ -70,6 +70,8 @@ def _nonsense(profile: Profile) -> str | None:
         return "batch, sequence or floor is negative"
     if not all(0 <= seconds < 1e-6 for seconds in profile.touch_seconds_per_byte):
         return f"{max(profile.touch_seconds_per_byte)} seconds to touch a byte"
+    if not 0 <= profile.unpack_bytes_per_second < 1e13:
+        return f"{profile.unpack_bytes_per_second} bytes a second unpacked"
     for bandwidth in profile.bandwidths:
         if bandwidth.num_agents < 1 or bandwidth.piece_bytes < 1 or not 0 < bandwidth.bytes_per_second < 1e13:
             return f"bandwidth {bandwidth}"

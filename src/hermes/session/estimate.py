@@ -18,6 +18,7 @@ from hermes.profile import (
     machine_record,
     measure_bandwidth,
     measure_touch,
+    measure_unpacking,
 )
 from hermes.session.prepare import Prepared
 
@@ -66,6 +67,7 @@ def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *
         sequence_length=workload.sequence_length,
         floor_bytes=floor_bytes,
         touch_seconds_per_byte=touch,
+        unpack_bytes_per_second=measure_unpacking(prepared.checkpoint),
         bandwidths=tuple(bandwidths),
         units=tuple(units),
         measured=False,

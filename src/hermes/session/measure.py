@@ -19,6 +19,7 @@ from hermes.profile import (
     machine_record,
     measure_bandwidth,
     measure_touch,
+    measure_unpacking,
 )
 from hermes.session.estimate import measure_floor, unit_record
 from hermes.session.prepare import Prepared
@@ -99,6 +100,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         floor_bytes=floor_bytes,
         refaults_per_second=again / (time.perf_counter() - began),
         touch_seconds_per_byte=touch,
+        unpack_bytes_per_second=measure_unpacking(prepared.checkpoint),
         bandwidths=tuple(bandwidths_beside_compute(bandwidths, beside)),
         units=tuple(units),
         trace=prepared.trace,

@@ -83,6 +83,7 @@ class Prepared:
             alignment=alignment,
             piece_bytes=piece_bytes,
             cache_lines=not is_transformers_model(self.module),
+            packed=self.checkpoint.packed,
         )
 
     def blocks(self, factory: LoadFactory, granularity: Granularity) -> tuple[list[Block], list[int]]:
@@ -98,6 +99,7 @@ class Prepared:
         """The planner's view of this model with the costs of `profile`."""
         workload = self.workload
         prompt_tokens = workload.batch_size * workload.sequence_length
+        rate = profile.unpack_bytes_per_second
         units = []
         bounced = False
         for unit in self.partition.units:
@@ -109,6 +111,7 @@ class Prepared:
                     name=unit.name,
                     slot_bytes=tuple(load.slot_bytes for load in block.loads),
                     read_bytes=tuple(load.read_bytes for load in block.loads),
+                    unpack_seconds=tuple(load.unpacked_bytes / rate for load in block.loads) if rate else (),
                     first_seconds=cost.seconds(
                         workload.batch_size if unit.rows and workload.max_new_tokens else prompt_tokens
                     ),
@@ -138,6 +141,8 @@ class Prepared:
             num_passes=workload.num_passes,
             preparing_bytes=self.preparing_bytes,
             touch_seconds_per_byte=profile.touch_seconds_per_byte,
+            num_cores=torch.get_num_threads(),
+            unpacking_slows_compute=not profile.measured,
         )
 
 

@@ -1,0 +1,89 @@
+"""`hermes pack` and `hermes unpack`: the same weights in fewer bytes, and back. `checkpoint.pack` does it."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hermes.checkpoint.hub import resolve_model
+from hermes.checkpoint.open import open_checkpoint
+from hermes.checkpoint.pack import pack as pack_model
+from hermes.checkpoint.unpack import unpack as unpack_model
+from hermes.checkpoint.unpack import verify as verify_model
+from hermes.errors import InputError
+from hermes.units import format_bytes, format_seconds
+
+__all__ = ["pack", "unpack"]
+
+Model = Annotated[str, typer.Argument(help="A directory in Hugging Face layout, a weight file, or a Hub id.")]
+
+
+def pack(
+    model: Model,
+    out: Annotated[Path | None, typer.Argument(help="Made; must not exist, be empty, or hold this same pack.")] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Then unpack OUT and compare; without OUT, check a packed MODEL."),
+    ] = False,
+) -> None:
+    """Write a packed copy of a model, bit for bit the same weights, usable by every command."""
+    source = resolve_model(model)
+    if out is None and not verify:
+        raise InputError(f"hermes pack {model}: where to? give a directory as OUT, or --verify to check a packed MODEL")
+    start = time.perf_counter()
+    if out is not None:
+        with _progress("packing") as progress:
+            pack_model(source, out, progress=progress)
+        before, after = _weights(source), _weights(out)
+        print(
+            f"{out}: {format_bytes(after)} of weights, {after / max(1, before):.1%} of {format_bytes(before)}, "
+            f"{format_seconds(time.perf_counter() - start)}"
+        )
+    if verify:
+        start = time.perf_counter()
+        with _progress("verifying") as progress:
+            nbytes = verify_model(out or source, source if out is not None else None, progress=progress)
+        what = "every checksum is right" if out is None else "every byte is the same"
+        print(
+            f"{out or source}: {format_bytes(nbytes)} unpacked, {what}, {format_seconds(time.perf_counter() - start)}"
+        )
+
+
+def unpack(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Made; must not exist, be empty, or hold this same copy.")],
+) -> None:
+    """Write what a packed model was made from: safetensors files byte for byte."""
+    start = time.perf_counter()
+    with _progress("unpacking") as progress:
+        unpack_model(resolve_model(model), out, progress=progress)
+    print(f"{out}: {format_bytes(_weights(out))} of weights, {format_seconds(time.perf_counter() - start)}")
+
+
+def _weights(path: Path) -> int:
+    return sum(stamp.nbytes for stamp in open_checkpoint(path).files)
+
+
+@contextlib.contextmanager
+def _progress(task: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        line = bar.add_task(task, total=None)
+        yield lambda done, total: bar.update(line, completed=done, total=total)

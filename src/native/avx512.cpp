@@ -1,0 +1,111 @@
+// x86 with AVX-512 as in Ice Lake and Zen 4: a block at a time, its codes loaded as masks.
+#include "codec.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+HERMES_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi,bmi2,popcnt")
+
+namespace hermes {
+namespace {
+
+inline __m512i load64(const u8* at) { return _mm512_loadu_si512(at); }
+inline void store64(u8* at, __m512i value) { _mm512_storeu_si512(at, value); }
+
+// 64 elements of 16 bits, in order, from their lower and upper bytes.
+struct Pair {
+  __m512i first, second;
+};
+inline Pair zip8(__m512i low, __m512i high) {
+  const __m512i a = _mm512_unpacklo_epi8(low, high), b = _mm512_unpackhi_epi8(low, high);
+  const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  return {_mm512_permutex2var_epi64(a, front, b), _mm512_permutex2var_epi64(a, back, b)};
+}
+inline Pair zip16(__m512i low, __m512i high) {
+  const __m512i a = _mm512_unpacklo_epi16(low, high), b = _mm512_unpackhi_epi16(low, high);
+  const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  return {_mm512_permutex2var_epi64(a, front, b), _mm512_permutex2var_epi64(a, back, b)};
+}
+
+inline __m512i plus(__m512i to, const u8* mask, int weight) {
+  return _mm512_mask_add_epi8(to, load<u64>(mask), to, _mm512_set1_epi8(char(weight)));
+}
+
+template <Encoding E>
+bool kernel(Planes& p, size_t first, size_t count, u8* out) {
+  const __m512i base = _mm512_set1_epi8(char(p.base)), sign = _mm512_set1_epi8(char(0x80));
+  const u8* escapes = p.escapes;
+  for (size_t block = first; block < first + count; ++block) {
+    const u8* codes = p.codes + CODE_BYTES * block;
+    const u8* bits = p.bits + 24 * block;
+    const u64 escaped = p.escaped(block);
+    const unsigned number = unsigned(_mm_popcnt_u64(escaped));
+    if (size_t(p.end - escapes) < number) return false;
+    __m512i exponent = plus(plus(plus(base, codes, 1), codes + 8, 2), codes + 16, 4);
+    // A masked load does not touch what its mask leaves out.
+    const __m512i stored = _mm512_maskz_loadu_epi8(_bzhi_u64(~u64{0}, number), escapes);
+    exponent = _mm512_mask_expand_epi8(exponent, escaped, stored);
+    escapes += number;
+    const __m512i rest = load64(p.rest + BLOCK * block);
+    if constexpr (E == F16) {
+      const __m512i shifted = _mm512_and_si512(_mm512_slli_epi16(exponent, 2), _mm512_set1_epi8(0x7C));
+      const __m512i high = plus(plus(plus(shifted, bits, 1), bits + 8, 2), bits + 16, 0x80);
+      const Pair words = zip8(rest, high);
+      store64(out, words.first), store64(out + 64, words.second);
+    } else {
+      // Where the first operand has a bit the second's, else the third's.
+      const __m512i high = _mm512_ternarylogic_epi64(sign, rest, _mm512_srli_epi16(exponent, 1), 0xCA);
+      const __m512i low = _mm512_ternarylogic_epi64(sign, _mm512_slli_epi16(exponent, 7), rest, 0xCA);
+      const Pair top = zip8(low, high);
+      if constexpr (E == BF16) {
+        store64(out, top.first), store64(out + 64, top.second);
+      } else {
+        Pair below = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+        if constexpr (E == F32) {
+          const u8* from = p.low + 2 * BLOCK * block;
+          below = {load64(from), load64(from + 64)};
+        } else if constexpr (E == F32_AS_F16) {
+          below = zip8(_mm512_setzero_si512(),
+                       plus(plus(plus(_mm512_setzero_si512(), bits, 0x20), bits + 8, 0x40), bits + 16, 0x80));
+        }
+        const Pair a = zip16(below.first, top.first), b = zip16(below.second, top.second);
+        store64(out, a.first), store64(out + 64, a.second), store64(out + 128, b.first), store64(out + 192, b.second);
+      }
+    }
+    out += BLOCK * item_bytes(E);
+  }
+  p.escapes = escapes;
+  return true;
+}
+
+u64 sum(const u8* data, size_t nbytes) {
+  const __m512i count = _mm512_setr_epi64(1, 2, 3, 4, 5, 6, 7, 8);
+  __m512i key = _mm512_mullo_epi64(count, _mm512_set1_epi64(GOLDEN)), total = _mm512_setzero_si512();
+  const __m512i step = _mm512_set1_epi64(8 * GOLDEN);
+  size_t at = 0;
+  for (; at + 64 <= nbytes; at += 64, key = _mm512_add_epi64(key, step)) {
+    const __m512i halves = _mm512_add_epi32(load64(data + at), key);
+    total = _mm512_add_epi64(total, _mm512_mul_epu32(halves, _mm512_srli_epi64(halves, 32)));
+  }
+  u64 lanes[8], result = 0;
+  store64(reinterpret_cast<u8*>(lanes), total);
+  for (const u64 lane : lanes) result += lane;
+  for (; at < nbytes; at += 8) result += term(load<u64>(data + at), (at / 8 + 1) * GOLDEN);
+  return result;
+}
+
+bool is_supported() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+}
+
+}  // namespace
+
+HERMES_PATH(avx512, is_supported);
+
+}  // namespace hermes
+
+HERMES_TARGET_END
+#endif

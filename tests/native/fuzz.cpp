@@ -1,0 +1,144 @@
+// Looks for reads and writes out of bounds, undefined behaviour and disagreement in the decoders (`make fuzz`).
+//
+// Input is cut into a header, payload and a range to decode; the checksum is made right, so that the checks behind it
+// are reached. Buffers are exactly as large as they may be, for AddressSanitizer to see the byte after. With libFuzzer
+// (clang) it is a target; with any other compiler it makes its own inputs for the seconds it is given.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../src/native/codec.hpp"
+
+using namespace hermes;
+
+namespace {
+
+void require(bool holds, const char* what) {
+  if (!holds) {
+    std::fprintf(stderr, "%s\n", what);
+    std::abort();
+  }
+}
+
+struct Exact {  // on the heap, without a spare byte
+  explicit Exact(const std::vector<u8>& from) : bytes(new u8[from.size()]), size(from.size()) {
+    std::copy(from.begin(), from.end(), bytes.get());
+  }
+  explicit Exact(size_t size) : bytes(new u8[size]()), size(size) {}
+  std::unique_ptr<u8[]> bytes;
+  size_t size;
+};
+
+// Every supported path must come to the same end, and to the same bytes where that is a good one.
+void decode_everywhere(const std::vector<u8>& chunks, size_t target_bytes, size_t item, u32 number, size_t skip,
+                       const u8* expected) {
+  const Exact source(chunks);
+  bool first = true;
+  Result agreed{};
+  std::vector<u8> bytes;
+  for (const Path* const* path = paths; *path; ++path) {
+    if (!(*path)->is_supported()) continue;
+    Exact target(target_bytes);
+    const Result result =
+        decode(**path, source.bytes.get(), source.size, target.bytes.get(), target.size, item, number, skip);
+    if (first) {
+      agreed = result;
+      bytes.assign(target.bytes.get(), target.bytes.get() + target.size);
+      first = false;
+    }
+    require(result.fault == agreed.fault && result.chunk == agreed.chunk, "paths disagree on the fault");
+    require(result.fault != Fault::NONE || std::equal(bytes.begin(), bytes.end(), target.bytes.get()),
+            "paths disagree on the bytes");
+  }
+  if (expected) {
+    require(agreed.fault == Fault::NONE, "a good chunk was refused");
+    require(std::equal(bytes.begin(), bytes.end(), expected), "a good chunk came out wrong");
+  }
+}
+
+void seal(std::vector<u8>& chunk) {
+  if (chunk.size() >= HEADER_BYTES)
+    store(chunk.data(), checksum(best_path(), chunk.data() + CHECKED_FROM, chunk.size() - CHECKED_FROM));
+}
+
+const Encoding choices_of[][4] = {{BF16, RAW}, {F16, RAW}, {F32_AS_BF16, F32_AS_F16, F32, RAW}, {RAW}};
+constexpr size_t items[] = {2, 2, 4, 8};
+
+void one_input(const u8* data, size_t size) {
+  if (size < 8) return;
+  const u8 kind = data[0] % 4, how = data[1];
+  const size_t item = items[kind], skip = load<u16>(data + 2) % 600, wanted = load<u16>(data + 4) % 600;
+  std::vector<u8> content(data + 8, data + size);
+  if (how % 4 == 0) {  // as a header and payload, as they come
+    std::vector<u8> chunk(HEADER_BYTES);
+    chunk[8] = data[6];
+    chunk[9] = data[7];
+    const u32 elements = u32(wanted + how / 4), payload = u32(content.size());
+    store(chunk.data() + 16, elements);
+    store(chunk.data() + 20, payload);
+    chunk.insert(chunk.end(), content.begin(), content.end());
+    seal(chunk);
+    decode_everywhere(chunk, wanted * item, item, 0, skip, nullptr);
+    return;
+  }
+  content.resize(std::min(content.size() / item, CHUNK_ELEMENTS) * item);
+  const size_t elements = content.size() / item;
+  if (!elements) return;
+  std::vector<u8> chunk(largest_chunk(elements, item));
+  chunk.resize(encode(content.data(), elements, item, choices_of[kind], 5, chunk.data()));
+  const size_t begin = skip % elements, count = 1 + wanted % (elements - begin);
+  decode_everywhere(chunk, count * item, item, 5, begin, content.data() + begin * item);
+  const size_t place = load<u32>(data + 4) % chunk.size();
+  if (how % 4 == 1) {  // damaged without the checksum's knowledge: always found
+    chunk[place] ^= data[6] | 1;
+    for (const Path* const* path = paths; *path; ++path)
+      if ((*path)->is_supported()) {
+        std::vector<u8> target(elements * item);
+        require(decode(**path, chunk.data(), chunk.size(), target.data(), target.size(), item, 5, 0).fault != Fault::NONE,
+                "a damaged chunk was not noticed");
+      }
+  } else if (how % 4 == 2) {  // with it
+    chunk[place] ^= data[6];
+    seal(chunk);
+    decode_everywhere(chunk, elements * item, item, 5, 0, nullptr);
+  } else {  // cut short
+    chunk.resize(place);
+    seal(chunk);
+    decode_everywhere(chunk, elements * item, item, 5, 0, nullptr);
+  }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const u8* data, size_t size) {
+  one_input(data, size);
+  return 0;
+}
+
+#ifndef HERMES_LIBFUZZER
+int main(int argc, char** argv) {
+  const double seconds = argc > 1 ? std::atof(argv[1]) : 10.0;
+  std::mt19937_64 rng(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
+  const auto start = std::chrono::steady_clock::now();
+  size_t runs = 0;
+  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
+    std::vector<u8> data(8 + rng() % (runs % 16 ? 2000 : 140000));
+    const unsigned spread = unsigned(rng() % 3);  // of the bits: all of them, few exponents, almost none
+    for (size_t i = 0; i < data.size(); ++i) data[i] = u8(spread == 2 ? rng() % 50 == 0 : rng());
+    if (spread == 1)
+      for (size_t i = 9; i < data.size(); i += 2) data[i] = u8(0x3C | (data[i] & 0x81));
+    for (size_t i = 0; i < 8; ++i) data[i] = u8(rng());
+    if (data[1] % 4 == 0) data[6] %= NUM_ENCODINGS + 1;
+    one_input(data.data(), data.size());
+    ++runs;
+  }
+  std::printf("%zu inputs;", runs);
+  for (const Path* const* path = paths; *path; ++path)
+    if ((*path)->is_supported()) std::printf(" %s", (*path)->name);
+  std::printf(": no fault found\n");
+}
+#endif
