@@ -232,12 +232,33 @@ def test_threads_take_and_return_memory_with_a_tight_heap():
     assert tight == "False" or returned == "True"
 
 
+def test_a_held_heap_takes_no_page_twice():
+    script = textwrap.dedent("""
+        import resource
+        from hermes.memory.allocator import hold_heap, keep_heap_tight
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                bytearray(20 << 20)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        keep_heap_tight()
+        tight = faults()
+        assert hold_heap(1 << 20) and hold_heap(64 << 20)
+        faults()
+        print(tight, faults())
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    tight, held = map(int, done.stdout.split())
+    assert held < tight / 10
+
+
 def test_no_allocator_to_set(monkeypatch):
     class Bare:
         pass
 
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: Bare())
     assert allocator.keep_heap_tight() is False
+    assert allocator.hold_heap(1 << 30) is False
     assert allocator.trim_heap() is False
 
 

@@ -8,7 +8,7 @@ from hermes.model.inputs import PassShape, pass_shape, vocabulary_size
 from hermes.model.mapping import is_transformers_model
 from hermes.model.trace import Trace
 from hermes.session.prepare import Prepared
-from hermes.session.workload import LOGITS_COPIES, Workload
+from hermes.session.workload import HEAP_OF_ACTIVATIONS, LOGITS_COPIES, Workload
 
 __all__ = ["Demand", "demand_of"]
 
@@ -60,7 +60,7 @@ class Demand:
         planned_tokens = planned.batch_size * (planned.sequence_length if shape.tokens is not None else 1)
         tokens = shape.batch_size * (shape.tokens or 1)
         more = max(0.0, tokens / planned_tokens - 1)
-        activations = (trace.peak_bytes - trace.cache_bytes) * more
+        activations = HEAP_OF_ACTIVATIONS * (trace.peak_bytes - trace.cache_bytes) * more
         length = shape.past_tokens + (shape.tokens or 0)
         cache = (
             trace.cache_bytes

@@ -11,6 +11,7 @@ from torch import nn
 
 from hermes.checkpoint.readers import Reader
 from hermes.engine import Engine, EngineConfig, EngineStats
+from hermes.memory.allocator import hold_heap
 from hermes.memory.ledger import Ledger
 from hermes.memory.probe import find_cgroup
 from hermes.model.binding import Binding
@@ -74,6 +75,7 @@ def start_session(prepared: Prepared, plan: Plan, reader: Reader, *, record: boo
     pinned = factory.pinned(prepared.partition.pinned)
     ledger = Ledger(plan.limit_bytes)
     bounced = any(piece.bounced for block in [*blocks, pinned] for load in block.loads for piece in load.pieces)
+    hold_heap(plan.heap_bytes)
     ledger.reserve("floor", plan.floor_bytes)
     ledger.reserve("heap", plan.heap_bytes)
     ledger.reserve("margin", min(MARGIN_BYTES, ledger.free_bytes))
