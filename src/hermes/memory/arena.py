@@ -23,6 +23,10 @@ class Arena:
         huge = nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
         size = max(nbytes, mmap.PAGESIZE) + (HUGE_PAGE_BYTES if huge else 0)
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            # A child (`trace_apart`) never looks at weights. Shared with it, each page that an agent writes meanwhile
+            # would be copied first, and a direct read under way could end in the child's copy.
+            self._map.madvise(mmap.MADV_DONTFORK)
         self._begin = 0
         if huge:
             self._map.madvise(mmap.MADV_HUGEPAGE)

@@ -6,6 +6,7 @@
 
 from hermes.pipeload.events import (
     BlockDone,
+    BlockForeseen,
     BlockWanted,
     Compute,
     Discard,
@@ -13,6 +14,7 @@ from hermes.pipeload.events import (
     Fetch,
     LoadEvicted,
     LoadFetched,
+    LoadKept,
     Order,
 )
 from hermes.pipeload.loads import Codec, Load, Piece, Place, plan_load
@@ -21,6 +23,7 @@ from hermes.pipeload.state import Pipeline, smallest_ring
 
 __all__ = [
     "BlockDone",
+    "BlockForeseen",
     "BlockWanted",
     "Codec",
     "Compute",
@@ -30,6 +33,7 @@ __all__ = [
     "Load",
     "LoadEvicted",
     "LoadFetched",
+    "LoadKept",
     "Order",
     "Piece",
     "Pipeline",

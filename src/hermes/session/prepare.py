@@ -162,6 +162,7 @@ def prepare_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     head_rows: int = HEAD_ROWS,
+    matrix_bytes: int | None = None,
     profile: str | Path | None = None,
     fresh: bool = False,
 ) -> Prepared:
@@ -201,7 +202,7 @@ def prepare_model(
     tracing_bytes = 0
     if found is None:
         found, tracing_bytes = _trace(skeleton, workload)
-    prepared = _prepared(skeleton, checkpoint, weights, found, workload, directory, head_rows)
+    prepared = _prepared(skeleton, checkpoint, weights, found, workload, directory, head_rows, matrix_bytes)
     if known is not None and not _covers(known, prepared, must=profile is not None):
         known = None
     preparing_bytes = memory_split().anon_bytes + tracing_bytes + CODE_BYTES if tracing_bytes else 0
@@ -241,6 +242,7 @@ def prepare_module(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     head_rows: int = HEAD_ROWS,
+    matrix_bytes: int | None = None,
 ) -> Prepared:
     """The same for any module and its state-dict file; with example inputs its pass is traced, else it is found out."""
     path = resolve_model(checkpoint)
@@ -249,7 +251,14 @@ def prepare_module(
     finish_skeleton(module, weights)
     found = trace_apart(module, args, kwargs or {})[0] if args or kwargs else None
     return _prepared(
-        module, opened, weights, found, Workload(sequence_length=1, num_forwards=FORWARDS), path, head_rows
+        module,
+        opened,
+        weights,
+        found,
+        Workload(sequence_length=1, num_forwards=FORWARDS),
+        path,
+        head_rows,
+        matrix_bytes,
     )
 
 
@@ -261,6 +270,7 @@ def _prepared(
     workload: Workload,
     source: Path,
     head_rows: int,
+    matrix_bytes: int | None,
 ) -> Prepared:
     if found is None:
         logger.info("control flow depends on values (or no example input was given): the first pass finds the order")
@@ -269,7 +279,7 @@ def _prepared(
         checkpoint=checkpoint,
         weights=weights,
         trace=found,
-        partition=partition(module, weights, found, head_rows=head_rows),
+        partition=partition(module, weights, found, head_rows=head_rows, matrix_bytes=matrix_bytes),
         workload=workload,
         source=source,
     )
