@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ProfileError,
         ReadError,
     )
+    from hermes.fleet import Fleet
     from hermes.session.workload import Workload
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "EngineError",
+    "Fleet",
     "HermesError",
     "InputError",
     "ModelError",
@@ -47,6 +49,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("load", "plan", "profile", "stream"), "hermes.api"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "hermes.errors"),
+    "Fleet": "hermes.fleet",
     "Workload": "hermes.session.workload",
 }
 

@@ -6,8 +6,10 @@ from hermes.errors import BudgetError
 from hermes.memory.probe import mapped_bytes, resident_bytes
 from hermes.units import format_budget, format_bytes
 
-__all__ = ["FaultMeter", "MemorySample", "WorkingSet", "bytes_to_give_back", "outgrown"]
+__all__ = ["WATCH_SECONDS", "FaultMeter", "MemorySample", "WorkingSet", "bytes_to_give_back", "outgrown"]
 
+WATCH_SECONDS = 0.05
+"""Between two looks."""
 FAULT_STEP_BYTES = 16 * 2**20
 """Given back at a time while the system evicts code pages that are needed again at once."""
 FAULTS_PER_SECOND = 50

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from hermes.checkpoint.readers import Reader
 from hermes.engine.agents import LoadingAgents, Ticket
 from hermes.engine.config import EngineConfig
-from hermes.engine.daemon import FaultMeter, MemorySample, WorkingSet, bytes_to_give_back, outgrown
+from hermes.engine.daemon import WATCH_SECONDS, FaultMeter, MemorySample, WorkingSet, bytes_to_give_back, outgrown
 from hermes.engine.residents import Residents
 from hermes.engine.stats import EngineStats, Span
 from hermes.errors import BudgetError, EngineError, HermesError
@@ -41,8 +41,6 @@ from hermes.pipeload import (
 from hermes.units import format_budget, format_bytes
 
 __all__ = ["Engine"]
-
-WATCH_SECONDS = 0.05
 
 
 class Engine:

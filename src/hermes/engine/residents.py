@@ -47,11 +47,11 @@ class Residents:
                 offset += blocks[block][number].slot_bytes
         ledger.reserve("resident", offset)
         self._spare: dict[tuple[int, int], int] = {}  # (block, load) that streams -> offset, if it came to stay
-        for block, loads in enumerate(blocks if elastic else ()):
-            for number, load in enumerate(loads):
-                if (block, number) not in self._slots:
-                    self._spare[block, number] = offset
-                    offset += load.slot_bytes
+        streamed = [(block, number) for block, loads in enumerate(blocks) for number in range(len(loads))]
+        for block, number in streamed if elastic else ():
+            if (block, number) not in self._slots:
+                self._spare[block, number] = offset
+                offset += blocks[block][number].slot_bytes
         self.store = Arena(offset)
 
     def pinned_slots(self) -> list[tuple[Load, memoryview]]:

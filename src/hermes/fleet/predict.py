@@ -32,7 +32,7 @@ class Member:
     @property
     def pass_bytes(self) -> int:
         """Read in each steady pass."""
-        pairs = zip(self.reads, self.resident, strict=True)
+        pairs = zip(self.reads, self.resident, strict=False)  # further blocks are in no pass
         return sum(n for loads, kept in pairs for load, n in enumerate(loads) if load not in kept)
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "POLICIES",
     "Admit",
     "Arrived",
+    "Changed",
     "Event",
     "Finished",
     "Go",
@@ -93,7 +94,15 @@ class Go:
     model: str
 
 
-Event = Joined | Left | Arrived | Reached | Ready | Finished
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """Another policy, or another number of requests at once; 0 lets those under way end, and begins none."""
+
+    policy: Policy
+    max_active: int
+
+
+Event = Joined | Left | Arrived | Reached | Ready | Finished | Changed
 Order = Admit | Go
 
 
@@ -159,6 +168,8 @@ class Schedule:
                 self._models[name].state = _State.READY
             case Finished(name):
                 self._stop(name, _State.IDLE)
+            case Changed(policy, max_active):
+                self.policy, self.max_active = policy, max_active
         return self._advance()
 
     def urgency(self, model: str) -> float:
@@ -172,6 +183,11 @@ class Schedule:
         if found.state is not _State.IDLE:
             return found.deadline
         return found.queue[0] if found.queue else float("inf")
+
+    @property
+    def active(self) -> int:
+        """Requests that are under way."""
+        return sum(model.state is not _State.IDLE for model in self._models.values())
 
     def backlog(self, model: str) -> int:
         """Requests that wait or are under way."""
@@ -200,9 +216,8 @@ class Schedule:
         return orders
 
     def _next_admitted(self) -> str | None:
-        active = sum(model.state is not _State.IDLE for model in self._models.values())
         waiting = [n for n, model in self._models.items() if model.state is _State.IDLE and model.queue]
-        if active >= self.max_active or not waiting:
+        if self.active >= self.max_active or not waiting:
             return None
         if self.policy == "deadline":
             return min(waiting, key=lambda name: self._models[name].queue[0])

@@ -1,4 +1,4 @@
-"""The schedule's threads: each model's own, which waits here for its turn; and what a model pulls its blocks through."""
+"""The schedule's threads: where each model's own waits for its turn, and what a model pulls its blocks through."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 
 from hermes.engine import Engine
-from hermes.fleet.schedule import Arrived, Event, Finished, Go, Joined, Left, Policy, Reached, Ready, Schedule
+from hermes.fleet.schedule import Arrived, Changed, Event, Finished, Go, Joined, Left, Policy, Reached, Ready, Schedule
 from hermes.memory.arena import Arena
 from hermes.pipeload import Load, Place
 
@@ -23,6 +23,7 @@ class Turns:
         self.clock = clock
         self._schedule = Schedule(policy, max_active=max_active)
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
         self._turns: dict[str, threading.Semaphore] = {}
         self._closed = False
 
@@ -53,8 +54,10 @@ class Turns:
 
     def take(self, model: str) -> None:
         """Wait for the turn. Raises CancelledError once closed."""
-        self._semaphore(model).acquire()
+        semaphore = self._semaphore(model)
+        semaphore.acquire()
         if self._closed:
+            semaphore.release()  # for the next who comes
             raise CancelledError(f"{model}: the fleet was closed")
 
     def urgency(self, model: str) -> float:
@@ -66,15 +69,22 @@ class Turns:
         with self._lock:
             return self._schedule.backlog(model)
 
-    def set_max_active(self, max_active: int) -> None:
-        """From the next request on."""
+    def drain(self) -> None:
+        """Begin no request any more, and wait until those under way are answered; `resume` goes on."""
+        self._tell(Changed(self._schedule.policy, 0))
         with self._lock:
-            self._schedule.max_active = max_active
+            while self._schedule.active and not self._closed:
+                self._ended.wait()
+
+    def resume(self, policy: Policy, max_active: int) -> None:
+        """Begin what waits, in this way."""
+        self._tell(Changed(policy, max_active))
 
     def close(self) -> None:
         """Let every `take`, under way or to come, raise."""
         with self._lock:
             self._closed = True
+            self._ended.notify_all()
             for semaphore in self._turns.values():
                 semaphore.release()
 
@@ -84,7 +94,11 @@ class Turns:
 
     def _tell(self, event: Event) -> None:
         with self._lock:
-            for order in self._schedule.on(event):
+            if self._closed:
+                return
+            orders = self._schedule.on(event)
+            self._ended.notify_all()
+            for order in orders:
                 if isinstance(order, Go):
                     self._turns.setdefault(order.model, threading.Semaphore(0)).release()
 
