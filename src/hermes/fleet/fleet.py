@@ -2,12 +2,11 @@
 
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import nn
 
 from hermes.errors import HermesError, InputError
@@ -288,8 +287,10 @@ class Fleet:
 def _candidate(
     prepared: Prepared, call: Callable[[Any], object], importance: float, deadline_seconds: float | None
 ) -> Candidate:
-    with torch.no_grad():
-        known = prepared.known or measure_calls(prepared, call)
+    known = prepared.known
+    if known is None:  # on a thread of its own, as it will run: kernels' threads belong to it, and cost what they cost
+        with ThreadPoolExecutor(1, thread_name_prefix="hermes-fleet-measure") as pool:
+            known = pool.submit(measure_calls, prepared, call).result()
     with prepared.reader() as reader:
         factory = prepared.factory(reader.alignment, PIECE_BYTES)
         problem = prepared.problem(known, factory, floor_bytes=0)

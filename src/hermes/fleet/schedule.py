@@ -118,8 +118,15 @@ class _Model:
     patience_seconds: float
     state: _State = _State.IDLE
     deadline: float = 0.0
+    """Of the request under way."""
     queue: deque[float] = field(default_factory=deque)
     """Deadlines of the requests that wait, oldest first."""
+
+    @property
+    def due(self) -> float:
+        """The earliest deadline of all: whoever is first in line inherits it from those behind, who wait for it."""
+        under_way = [] if self.state is _State.IDLE else [self.deadline]
+        return min([*under_way, *self.queue], default=float("inf"))
 
 
 class Schedule:
@@ -132,9 +139,9 @@ class Schedule:
 
     **Guarantees.** One model has the turn at a time; at most `max_active` are under way. While a request waits and
     every `Go` is followed by `Reached` or `Finished`, every unready `Reached` by `Ready`, there is always one order
-    outstanding: no deadlock. With "deadline", no request that arrives after another's deadline is begun before it, nor
-    gets a turn before it once that one is under way and ready; with "round-robin" each has a turn in each rotation. So
-    none starves.
+    outstanding: no deadlock. A model's own requests are answered in order. With "deadline", no model is begun, or has a
+    turn, on behalf of a request that arrives after the deadline of another's that could be instead; with "round-robin"
+    each has a turn in each rotation. So none starves.
     """
 
     def __init__(self, policy: Policy, *, max_active: int) -> None:
@@ -180,9 +187,7 @@ class Schedule:
         found = self._models.get(model)
         if found is None or self.policy == "round-robin":
             return 0.0
-        if found.state is not _State.IDLE:
-            return found.deadline
-        return found.queue[0] if found.queue else float("inf")
+        return found.due
 
     @property
     def active(self) -> int:
@@ -220,14 +225,14 @@ class Schedule:
         if self.active >= self.max_active or not waiting:
             return None
         if self.policy == "deadline":
-            return min(waiting, key=lambda name: self._models[name].queue[0])
+            return min(waiting, key=lambda name: self._models[name].due)
         return min(waiting, key=self._rotation)
 
     def _next_turn(self) -> str | None:
         active = [name for name, model in self._models.items() if model.state is not _State.IDLE]
         if self.policy == "deadline":
             ready = [name for name in active if self._models[name].state is _State.READY]
-            return min(ready, key=lambda name: self._models[name].deadline, default=None)
+            return min(ready, key=lambda name: self._models[name].due, default=None)
         following = min(active, key=self._rotation, default=None)
         return following if following is not None and self._models[following].state is _State.READY else None
 
