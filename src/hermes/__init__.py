@@ -23,12 +23,13 @@ if TYPE_CHECKING:
         ProfileError,
         ReadError,
     )
-    from hermes.fleet import Fleet
+    from hermes.fleet import Blocks, Fleet
     from hermes.session.workload import Workload
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Blocks",
     "BudgetError",
     "CheckpointError",
     "EngineError",
@@ -49,7 +50,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("load", "plan", "profile", "stream"), "hermes.api"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "hermes.errors"),
-    "Fleet": "hermes.fleet",
+    **dict.fromkeys(("Blocks", "Fleet"), "hermes.fleet"),
     "Workload": "hermes.session.workload",
 }
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from hermes.errors import EngineError
 from hermes.pipeload import (
     BlockDone,
+    BlockForeseen,
+    BlockForgotten,
     BlockWanted,
     Compute,
     Discard,
@@ -168,7 +170,9 @@ def test_any_control_flow_is_computed_within_bounds(data, world, seed):
         world.start()
     for _ in range(random_.randrange(40)):
         block = random_.randrange(len(world.blocks))
-        match random_.choice(["compute", "compute", "compute", "give up", "done", "read", "evict", "keep"]):
+        match random_.choice(
+            ["compute", "compute", "compute", "give up", "done", "read", "evict", "keep", "foresee", "forget"]
+        ):
             case "compute":
                 world.compute(block, choose)
             case "give up":
@@ -182,6 +186,10 @@ def test_any_control_flow_is_computed_within_bounds(data, world, seed):
                 world.finish(choose(len(world.under_way)))
             case "evict" if world.resident[block]:
                 world.evict(block, random_.choice(sorted(world.resident[block])))
+            case "foresee" if world.pipeline.can_foresee():
+                world.take(world.pipeline.on(BlockForeseen(block)))
+            case "forget":
+                world.take(world.pipeline.on(BlockForgotten(block)))
             case "keep" if len(world.resident[block]) < len(world.blocks[block]):
                 streamed = set(range(len(world.blocks[block]))) - world.resident[block]
                 world.keep(block, random_.choice(sorted(streamed)))

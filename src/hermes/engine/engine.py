@@ -25,6 +25,7 @@ from hermes.memory.probe import find_cgroup, major_faults, resident_bytes
 from hermes.pipeload import (
     BlockDone,
     BlockForeseen,
+    BlockForgotten,
     BlockWanted,
     Compute,
     Discard,
@@ -250,6 +251,11 @@ class Engine:
         with self._lock:
             self._release(self.clock())
             self._carry_out(self._pipeline.on(BlockDone()))
+
+    def forget(self, block: int) -> None:
+        """Take back what `foresee` has begun for this block."""
+        with self._lock:
+            self._carry_out(self._pipeline.on(BlockForgotten(block)))
 
     def resize(self, budget_bytes: int) -> int:
         """Let the ledger have another budget; what it has from now on. Resident loads go, or (if `elastic`) come.

@@ -3,6 +3,7 @@
 Decisions are pure (`schedule`, `quota`, `plan`, `predict`); `turns`, `disk`, `worker` and `shares` are the threads.
 """
 
+from hermes.fleet.blocks import Blocks
 from hermes.fleet.fleet import Fleet
 from hermes.fleet.plan import Candidate, FleetPlan, plan_fleet
 from hermes.fleet.predict import FleetPrediction, Member, predict
@@ -12,6 +13,7 @@ from hermes.fleet.schedule import POLICIES, Policy, Schedule
 
 __all__ = [
     "POLICIES",
+    "Blocks",
     "Candidate",
     "Fleet",
     "FleetPlan",

@@ -211,6 +211,11 @@ class Fleet:
         return self._plan
 
     @property
+    def candidates(self) -> Mapping[str, Candidate]:
+        """The models as the planner sees them: costs and activations, as measured."""
+        return dict(self._candidates)
+
+    @property
     def quotas(self) -> Mapping[str, int]:
         """Bytes for weights that each model has now, what was lent included."""
         return {} if self._shares is None else self._shares.quotas

@@ -7,6 +7,7 @@
 from hermes.pipeload.events import (
     BlockDone,
     BlockForeseen,
+    BlockForgotten,
     BlockWanted,
     Compute,
     Discard,
@@ -24,6 +25,7 @@ from hermes.pipeload.state import Pipeline, smallest_ring
 __all__ = [
     "BlockDone",
     "BlockForeseen",
+    "BlockForgotten",
     "BlockWanted",
     "Codec",
     "Compute",

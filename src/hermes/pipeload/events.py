@@ -5,6 +5,7 @@ from dataclasses import dataclass
 __all__ = [
     "BlockDone",
     "BlockForeseen",
+    "BlockForgotten",
     "BlockWanted",
     "Compute",
     "Discard",
@@ -27,6 +28,13 @@ class BlockWanted:
 @dataclass(frozen=True, slots=True)
 class BlockForeseen:
     """Somebody outside says that this block comes after all that is under way: begin to load it, as room allows."""
+
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockForgotten:
+    """What was foreseen of this block is not wanted after all: its memory goes back to the window."""
 
     block: int
 
@@ -89,5 +97,5 @@ class Discard:
     load: int
 
 
-Event = BlockWanted | BlockForeseen | LoadFetched | BlockDone | LoadEvicted | LoadKept
+Event = BlockWanted | BlockForeseen | BlockForgotten | LoadFetched | BlockDone | LoadEvicted | LoadKept
 Order = Fetch | Compute | Discard

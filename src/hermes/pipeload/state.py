@@ -13,6 +13,7 @@ from hermes.errors import EngineError
 from hermes.pipeload.events import (
     BlockDone,
     BlockForeseen,
+    BlockForgotten,
     BlockWanted,
     Compute,
     Discard,
@@ -116,6 +117,10 @@ class Pipeline:
                 self._release()
             case BlockForeseen(block):
                 self._foresee(block)
+            case BlockForgotten(block):
+                for visit in self._queue:
+                    if visit.block == block and visit is not self._current and visit is not self._wanted:
+                        visit.finish()
             case LoadEvicted(block, load):
                 orders += self._evict(block, load)
             case LoadKept(block, load):
