@@ -77,8 +77,8 @@ def measure(scenario: str, options: argparse.Namespace, document: dict) -> None:
                 options.weights, limit_bytes, what="fleet", scenario=scenario, policy=policy,
                 rounds=max(1, options.requests // len(names)), limit_bytes=limit_bytes,
             )  # fmt: skip
-            row |= {"scenario": scenario, "cap": cap, "cap_bytes": cap_bytes, "limit_bytes": limit_bytes,
-                    "policy": policy, "at": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}  # fmt: skip
+            row |= {"scenario": scenario, "cap": cap, "cap_bytes": cap_bytes, "limit_bytes": limit_bytes}
+            row |= {"policy": policy, "at": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
             if "digests" in row:
                 row["identical"] = row.pop("digests") == known["digests"]
             document["runs"] = [
@@ -225,7 +225,7 @@ def reload(weights: Path, *, scenario: str, rounds: int, **_: object) -> dict:
             with torch.device("meta"):
                 module = MODELS[kind].build()
             with safe_open(weights / f"{kind}.safetensors", "pt") as file:
-                module.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, assign=True)  # noqa: SIM118
+                module.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, assign=True)
             with torch.no_grad():
                 module(tensor_of(paint(SCENES[number % 3]), MODELS[kind].side))
             del module

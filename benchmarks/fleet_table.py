@@ -12,7 +12,7 @@ def markdown(document: dict) -> str:
         "# Several models under one cap",
         "",
         "SwapNet's scenarios (arXiv 2401.16757), made by `benchmarks/fleet.py`: each row is one process in a memory",
-        "cgroup of cap + floor, swap off, weights evicted first. One client a model, closed loop. *Overhead* is against",
+        "cgroup of cap + floor, swap off, weights evicted first. One client a model, closed loop. *Overhead*: against",
         "the same requests through plain resident modules, one after the other in one thread. *Bound* is the longer of",
         "computing (as measured while adding the models) and of reading what the quotas do not keep. Random weights in",
         "the published shapes: 224 pixels a side, YOLOv3 320.",
