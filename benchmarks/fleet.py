@@ -75,7 +75,7 @@ def measure(scenario: str, options: argparse.Namespace, document: dict) -> None:
             limit_bytes = cap_bytes + known["floor_bytes"]
             row = child(
                 options.weights, limit_bytes, what="fleet", scenario=scenario, policy=policy,
-                rounds=max(1, options.requests // len(names)), limit_bytes=limit_bytes,
+                rounds=max(1, options.requests // len(names)), budget_bytes=limit_bytes,
             )  # fmt: skip
             row |= {"scenario": scenario, "cap": cap, "cap_bytes": cap_bytes, "limit_bytes": limit_bytes}
             row |= {"policy": policy, "at": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
@@ -122,8 +122,8 @@ def probe(weights: Path, *, scenario: str, **_: object) -> dict:
     }
 
 
-def fleet_run(weights: Path, *, scenario: str, policy: str, rounds: int, limit_bytes: int, **_: object) -> dict:
-    fleet, inputs, names = make_fleet(weights, scenario, limit_bytes=limit_bytes, policy=policy)
+def fleet_run(weights: Path, *, scenario: str, policy: str, rounds: int, budget_bytes: int, **_: object) -> dict:
+    fleet, inputs, names = make_fleet(weights, scenario, limit_bytes=budget_bytes, policy=policy)
     digests: dict[str, list[str]] = {name: ["", "", ""] for name in names}
 
     def client(name: str) -> None:

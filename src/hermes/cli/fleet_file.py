@@ -81,7 +81,7 @@ def _entry(where: str, table: Any, directory: Path) -> ModelEntry:
             raise InputError(f"{where}: unknown key {key}; there are {', '.join(_KINDS)}")
         if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
             raise InputError(f"{where}: {key} = {value!r} is no {_KINDS[key][-1].__name__}")
-        if _KINDS[key][0] in (int, float) and value <= 0:
+        if isinstance(value, int | float) and value <= 0:
             raise InputError(f"{where}: {key} = {value} must be above 0")
     values = dict(table)
     if ("model" in values) == ("module" in values):

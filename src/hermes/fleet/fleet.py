@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from hermes.errors import HermesError, InputError
+from hermes.errors import InputError
 from hermes.fleet.disk import DiskTurns
 from hermes.fleet.plan import Candidate, FleetPlan, plan_fleet
 from hermes.fleet.report import FleetReport, ModelReport, make_report
@@ -19,10 +19,12 @@ from hermes.fleet.turns import Turns
 from hermes.fleet.worker import Worker
 from hermes.memory.allocator import keep_heap_tight, trim_heap
 from hermes.memory.probe import peak_resident_bytes, resident_bytes
+from hermes.model.blocks import Block, LoadFactory
 from hermes.model.inputs import example_inputs
 from hermes.session import (
     HEAP_SLACK_BYTES,
     MARGIN_BYTES,
+    UNTRACED_HEAP_BYTES,
     Prepared,
     Workload,
     measure_calls,
@@ -138,20 +140,22 @@ class Fleet:
                 )
                 prepared = prepare_model(model, workload=workload, matrix_bytes=matrix_bytes)
                 kwargs = example_inputs(prepared.module, batch_size=batch_size, sequence_length=sequence_length) or {}
-            candidate = _candidate(
-                prepared, lambda module: module(*example_args, **kwargs), importance, deadline_seconds
-            )
             was = self._candidates
-            self._candidates = {**was, name: candidate}
-            self._prepared[name] = prepared
-            if self._workers:
-                self._floor_bytes += SKELETON_BYTES_PER_MODULE * sum(1 for _ in prepared.module.modules())
-                try:
+            try:
+                if self._shares is not None:
+                    self._make_room(prepared)
+                call = _forward(example_args, kwargs)
+                self._candidates = {**was, name: _candidate(prepared, call, importance, deadline_seconds)}
+                self._prepared[name] = prepared
+                if self._workers:
+                    self._floor_bytes += SKELETON_BYTES_PER_MODULE * sum(1 for _ in prepared.module.modules())
                     self._settle()
-                except HermesError:
-                    self._candidates = was
-                    del self._prepared[name]
-                    raise
+            except BaseException:
+                self._candidates = was
+                self._prepared.pop(name, None)
+                if self._workers:
+                    self._settle()
+                raise
 
     def remove(self, name: str) -> None:
         """Let a model go once its requests are answered; its bytes go to the others. Raises InputError."""
@@ -256,6 +260,13 @@ class Fleet:
             raise InputError("the fleet has not started; call start() first")
         return self._turns, self._disk, self._shares
 
+    def _make_room(self, prepared: Prepared) -> None:
+        """For measuring a model beside those that run: its smallest window twice, pinned weights and activations."""
+        slots = [sum(load.slot_bytes for load in block.loads) for block in _leaves(prepared)]
+        pinned = sum(load.slot_bytes for load in _factory(prepared).pinned(prepared.partition.pinned).loads)
+        activations = prepared.trace.peak_bytes if prepared.trace is not None else UNTRACED_HEAP_BYTES
+        self._running()[2].make_room(4 * max(slots, default=0) + pinned + activations)
+
     def _settle(self) -> None:
         """Plan for the models there are, and let each run with its part. Requests wait meanwhile."""
         limit_bytes = memory_limit(self.budget_bytes)
@@ -289,6 +300,10 @@ class Fleet:
         turns.resume(plan.policy, plan.max_active)
 
 
+def _forward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], object]:
+    return lambda module: module(*args, **kwargs)
+
+
 def _candidate(
     prepared: Prepared, call: Callable[[Any], object], importance: float, deadline_seconds: float | None
 ) -> Candidate:
@@ -296,12 +311,19 @@ def _candidate(
     if known is None:  # on a thread of its own, as it will run: kernels' threads belong to it, and cost what they cost
         with ThreadPoolExecutor(1, thread_name_prefix="hermes-fleet-measure") as pool:
             known = pool.submit(measure_calls, prepared, call).result()
-    with prepared.reader() as reader:
-        factory = prepared.factory(reader.alignment, PIECE_BYTES)
-        problem = prepared.problem(known, factory, floor_bytes=0)
+    problem = prepared.problem(known, _factory(prepared), floor_bytes=0)
     return Candidate(
         problem=replace(problem, heap_bytes=0),
         activation_bytes=problem.heap_bytes - HEAP_SLACK_BYTES,
         importance=importance,
         deadline_seconds=deadline_seconds,
     )
+
+
+def _factory(prepared: Prepared) -> LoadFactory:
+    with prepared.reader() as reader:
+        return prepared.factory(reader.alignment, PIECE_BYTES)
+
+
+def _leaves(prepared: Prepared) -> list[Block]:
+    return prepared.blocks(_factory(prepared), "leaf")[0]

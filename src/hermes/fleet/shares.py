@@ -13,6 +13,8 @@ from hermes.memory.ledger import Ledger
 
 __all__ = ["Shares"]
 
+ROOM_SECONDS = 5.0
+"""Longer than a request holds on to a block."""
 IDLE_SECONDS = 1.0
 """Without a request for so long, a model lends its bytes: shorter pauses would have it read them again and again."""
 
@@ -61,6 +63,28 @@ class Shares:
             self.ledger.reserve(_account(name), quota_bytes)
             self._base[name] = quota_bytes
             return Ledger(quota_bytes)
+
+    def make_room(self, nbytes: int) -> None:
+        """Take so many bytes from the quotas until `settle`, for measuring a model that comes; the models run on.
+
+        Blocking until blocks under way have let go of theirs. Raises BudgetError where there is no such room.
+        """
+        with self._lock:
+            for name in sorted(self._base, key=lambda name: self._base[name] - self._needs[name].least_bytes):
+                missing = nbytes - self.ledger.budget_bytes + self._settled_bytes()
+                spare = self._base[name] - self._needs[name].least_bytes
+                self._base[name] -= max(0, min(spare, missing))
+            until = self._turns.clock() + ROOM_SECONDS
+            while self.ledger.free_bytes < nbytes and self._turns.clock() < until:
+                for name in self._base:
+                    self._resize(name, min(self._base[name], self.ledger.accounts[_account(name)]))
+                self._closed.wait(WATCH_SECONDS)
+            self.ledger.reserve("measuring", nbytes)
+
+    def _settled_bytes(self) -> int:
+        """What is reserved once every model has its quota, no more."""
+        lent = sum(self.ledger.accounts[_account(name)] - nbytes for name, nbytes in self._base.items())
+        return self.ledger.reserved_bytes - lent
 
     def watch(self, workers: Mapping[str, Worker], needs: Mapping[str, Need]) -> None:
         """From now on these run with what was granted."""

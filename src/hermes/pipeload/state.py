@@ -118,9 +118,7 @@ class Pipeline:
             case BlockForeseen(block):
                 self._foresee(block)
             case BlockForgotten(block):
-                for visit in self._queue:
-                    if visit.block == block and visit is not self._current and visit is not self._wanted:
-                        visit.finish()
+                self._forget(block)
             case LoadEvicted(block, load):
                 orders += self._evict(block, load)
             case LoadKept(block, load):
@@ -193,6 +191,11 @@ class Pipeline:
         if not self.can_foresee():
             raise EngineError(f"block {block}: no room, a block before it still waits for its own")
         self._push(block)
+
+    def _forget(self, block: int) -> None:
+        for visit in self._queue:
+            if visit.block == block and visit is not self._current and visit is not self._wanted:
+                visit.finish()
 
     def _keep(self, block: int, load: int) -> None:
         if not self.can_keep(block, load):

@@ -5,12 +5,13 @@ from hermes.session.measure import measure_calls, measure_profile
 from hermes.session.prepare import FORWARDS, Prepared, prepare_model, prepare_module
 from hermes.session.session import MARGIN_BYTES, Session, attach, memory_limit, start_session
 from hermes.session.warm import start_warm_up, touch_when_warm
-from hermes.session.workload import HEAP_SLACK_BYTES, Workload
+from hermes.session.workload import HEAP_SLACK_BYTES, UNTRACED_HEAP_BYTES, Workload
 
 __all__ = [
     "FORWARDS",
     "HEAP_SLACK_BYTES",
     "MARGIN_BYTES",
+    "UNTRACED_HEAP_BYTES",
     "Prepared",
     "Session",
     "Workload",

@@ -18,6 +18,8 @@ from hermes.profile import (
     ComputeRecord,
     Profile,
     bandwidths_beside_compute,
+    block_samples,
+    fit_delays,
     machine_record,
     measure_bandwidth,
     measure_touch,
@@ -106,6 +108,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         bandwidths=tuple(bandwidths_beside_compute(bandwidths, beside)),
         units=tuple(units),
         trace=prepared.trace,
+        delays=fit_delays(block_samples(units, workload.batch_size * workload.sequence_length)),
     )
 
 
@@ -130,7 +133,7 @@ def measure_calls(prepared: Prepared, call: Callable[[Any], object], *, rounds: 
         replace(unit, compute=ComputeRecord(samples=((tokens, cost),)))
         for unit, cost in zip(profile.units, seconds, strict=True)
     )
-    return replace(profile, units=units, measured=True)
+    return replace(profile, units=units, measured=True, delays=fit_delays(block_samples(units, tokens)))
 
 
 def _measured_passes(prepared: Prepared, session: Session) -> Iterator[tuple[int, list[float], list[float]]]:
