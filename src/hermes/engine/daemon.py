@@ -6,7 +6,15 @@ from hermes.errors import BudgetError
 from hermes.memory.probe import mapped_bytes, resident_bytes
 from hermes.units import format_budget, format_bytes
 
-__all__ = ["WATCH_SECONDS", "FaultMeter", "MemorySample", "WorkingSet", "bytes_to_give_back", "outgrown"]
+__all__ = [
+    "WATCH_SECONDS",
+    "FaultMeter",
+    "MemorySample",
+    "WorkingSet",
+    "bytes_to_give_back",
+    "outgrown",
+    "too_large_a_pass",
+]
 
 WATCH_SECONDS = 0.05
 """Between two looks."""
@@ -83,4 +91,15 @@ def outgrown(needed_bytes: int, budget_bytes: int, minimum_bytes: int) -> Budget
         f"{format_bytes(budget_bytes)} (a longer text or a larger batch than was planned for?); "
         f"try --budget {format_budget(minimum_bytes)}",
         minimum_bytes=minimum_bytes,
+    )
+
+
+def too_large_a_pass(nbytes: int, budget_bytes: int, missing_bytes: int) -> BudgetError:
+    """The refusal to begin a pass that takes `nbytes` besides weights, `missing_bytes` more than can be made free."""
+    minimum = budget_bytes + missing_bytes
+    return BudgetError(
+        f"this pass takes {format_bytes(nbytes)} besides weights (a longer text or a larger batch than was planned "
+        f"for), the budget of {format_bytes(budget_bytes)} leaves {format_bytes(nbytes - missing_bytes)}; "
+        f"try --budget {format_budget(minimum)}",
+        minimum_bytes=minimum,
     )

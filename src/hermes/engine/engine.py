@@ -14,10 +14,18 @@ from collections.abc import Callable, Sequence
 from hermes.checkpoint.readers import Reader
 from hermes.engine.agents import LoadingAgents, Ticket
 from hermes.engine.config import EngineConfig
-from hermes.engine.daemon import WATCH_SECONDS, FaultMeter, MemorySample, WorkingSet, bytes_to_give_back, outgrown
+from hermes.engine.daemon import (
+    WATCH_SECONDS,
+    FaultMeter,
+    MemorySample,
+    WorkingSet,
+    bytes_to_give_back,
+    outgrown,
+    too_large_a_pass,
+)
 from hermes.engine.residents import Residents
 from hermes.engine.stats import EngineStats, Span
-from hermes.errors import BudgetError, EngineError, HermesError
+from hermes.errors import EngineError, HermesError
 from hermes.memory.allocator import trim_heap
 from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
@@ -39,7 +47,6 @@ from hermes.pipeload import (
     Pipeline,
     Place,
 )
-from hermes.units import format_budget, format_bytes
 
 __all__ = ["Engine"]
 
@@ -236,10 +243,9 @@ class Engine:
         """Begin to load a block before it is wanted; False where the window has no room to begin with. Never blocks."""
         with self._lock:
             self._raise_if_stopped()
-            if not self._pipeline.can_foresee():
-                return False
-            self._carry_out(self._pipeline.on(BlockForeseen(block)))
-            return True
+            possible = self._pipeline.can_foresee()
+            self._carry_out(self._pipeline.on(BlockForeseen(block)) if possible else ())
+            return possible
 
     def is_there(self, block: int) -> bool:
         """Whether `want` would return at once."""
@@ -386,13 +392,7 @@ class Engine:
         """Have room for a pass that outgrows the plan; what blocks under way still hold comes as they let go of it."""
         missing = nbytes - self.ledger.accounts.get("heap", 0) - self.ledger.free_bytes
         if missing > 0 and (freed := self._evict(missing)) < missing:
-            needed = self.ledger.budget_bytes + missing - freed
-            raise BudgetError(
-                f"this pass takes {format_bytes(nbytes)} besides weights (a longer text or a larger batch than was "
-                f"planned for), the budget of {format_bytes(self.ledger.budget_bytes)} leaves "
-                f"{format_bytes(nbytes - missing + freed)}; try --budget {format_budget(needed)}",
-                minimum_bytes=needed,
-            )
+            raise too_large_a_pass(nbytes, self.ledger.budget_bytes, missing - freed)
         self._heap_bytes = max(self._heap_bytes, nbytes)
         self._grow_heap()
 
