@@ -70,7 +70,7 @@ class Shares:
         Blocking until blocks under way have let go of theirs. Raises BudgetError where there is no such room.
         """
         with self._lock:
-            for name in sorted(self._base, key=lambda name: self._base[name] - self._needs[name].least_bytes):
+            for name in sorted(self._base, key=lambda name: self._needs[name].least_bytes - self._base[name]):
                 missing = nbytes - self.ledger.budget_bytes + self._settled_bytes()
                 spare = self._base[name] - self._needs[name].least_bytes
                 self._base[name] -= max(0, min(spare, missing))
