@@ -10,8 +10,6 @@ activations as further terms, and keeps it where it explains more.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 __all__ = ["BlockSample", "DelayModel", "LinearFit", "fit_delays"]
 
 WORTH_MORE_TERMS = 0.02
@@ -74,6 +72,8 @@ def _fit(samples: Sequence[BlockSample], target: str, terms: tuple[str, ...]) ->
     varying = tuple(term for term in terms if len({getattr(sample, term) for sample in measured}) > 1)
     if len(measured) < len(varying) + 3:
         return None
+    import numpy as np  # where something is fitted: who only reads a profile need not have it in memory
+
     seconds = np.array([getattr(sample, target) for sample in measured], dtype=float)
     columns = np.array([[getattr(sample, term) for term in varying] for sample in measured], dtype=float)
     scales = np.abs(columns).max(axis=0, initial=1.0)  # bytes and FLOPs beside ones: else they drown the constant
