@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from hermes.errors import InputError
+from hermes.errors import BudgetError, InputError
 from hermes.fleet.disk import DiskTurns
 from hermes.fleet.plan import Candidate, FleetPlan, plan_fleet
 from hermes.fleet.report import FleetReport, ModelReport, make_report
@@ -265,7 +265,14 @@ class Fleet:
         slots = [sum(load.slot_bytes for load in block.loads) for block in _leaves(prepared)]
         pinned = sum(load.slot_bytes for load in _factory(prepared).pinned(prepared.partition.pinned).loads)
         activations = prepared.trace.peak_bytes if prepared.trace is not None else UNTRACED_HEAP_BYTES
-        self._running()[2].make_room(4 * max(slots, default=0) + pinned + activations)
+        turns, _, shares = self._running()
+        try:
+            shares.make_room(4 * max(slots, default=0) + pinned + activations)
+        except BudgetError:  # not beside the others: they wait while it is measured
+            turns.drain()
+            for worker in self._workers.values():
+                worker.pause()
+            shares.settle(self.plan.floor_bytes, self.plan.heap_bytes)
 
     def _settle(self) -> None:
         """Plan for the models there are, and let each run with its part. Requests wait meanwhile."""

@@ -155,7 +155,8 @@ class Pipeline:
 
         A visit that is only foreseen, with nothing streamed for it or after it, is not under way: it is begun anew.
         """
-        return not self._in_flight(block) or self._is_foreseen(block)
+        visits = sum(visit.block == block for visit in self._queue)
+        return not visits or (visits == 1 and self._is_foreseen(block))
 
     @property
     def ring(self) -> Ring:

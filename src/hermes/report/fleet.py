@@ -10,10 +10,10 @@ __all__ = ["fleet_lines", "fleet_table"]
 
 
 def fleet_table(report: FleetReport) -> Table:
-    """A row for each model; latency measured, the worst, and as predicted for a closed loop."""
+    """A row for each model; latency measured, and as predicted for a closed loop."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("model")
-    for name in ("requests", "failed", "late", "latency", "worst", "predicted", "weights", "quota", "read"):
+    table.add_column("model", min_width=8, overflow="fold")
+    for name in ("asked", "failed", "late", "latency", "predicted", "weights", "quota", "read"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, model in report.models.items():
         table.add_row(
@@ -22,7 +22,6 @@ def fleet_table(report: FleetReport) -> Table:
             str(model.failed or ""),
             str(model.late or ""),
             format_seconds(model.latency_seconds),
-            format_seconds(model.worst_latency_seconds),
             format_seconds(model.predicted_latency_seconds),
             format_bytes(model.weight_bytes),
             format_bytes(model.quota_bytes),
