@@ -53,11 +53,12 @@ def test_every_option_named_exists():
 @pytest.mark.parametrize("example", fenced(README, "python"))
 def test_an_example_uses_what_there_is(example):
     tree = ast.parse(example)
-    parameters = {
-        node.name: {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
-        for node in ast.parse((SOURCE / "api.py").read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef)
-    }
+    parameters = {}
+    for module in ("api.py", "fleet/fleet.py", "fleet/blocks.py"):
+        for node in ast.parse((SOURCE / module).read_text(encoding="utf-8")).body:
+            makers = [f for f in getattr(node, "body", []) if getattr(f, "name", "") == "__init__"]
+            for maker in makers or ([node] if isinstance(node, ast.FunctionDef) else []):
+                parameters[node.name] = {argument.arg for argument in [*maker.args.args, *maker.args.kwonlyargs]}
     used = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hermes":

@@ -23,14 +23,17 @@ if TYPE_CHECKING:
         ProfileError,
         ReadError,
     )
+    from hermes.fleet import Blocks, Fleet
     from hermes.session.workload import Workload
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Blocks",
     "BudgetError",
     "CheckpointError",
     "EngineError",
+    "Fleet",
     "HermesError",
     "InputError",
     "ModelError",
@@ -47,6 +50,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("load", "plan", "profile", "stream"), "hermes.api"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "hermes.errors"),
+    **dict.fromkeys(("Blocks", "Fleet"), "hermes.fleet"),
     "Workload": "hermes.session.workload",
 }
 

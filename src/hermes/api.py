@@ -145,18 +145,27 @@ def stream(
     granularity: str | None = None,
     resident_bytes: int | None = None,
     sequential: bool = False,
+    matrix_bytes: str | int | None = None,
     record: bool = False,
 ) -> Any:
     """Any module of yours, its weights streamed from a state-dict file (safetensors, .bin, .pt) inside a budget.
 
     The module may have been built on the meta device (`with torch.device("meta")`) or as usual; weights that are in the
     checkpoint are dropped from it. With example inputs, order, activations and operations are found by a run over fake
-    tensors; without, in the first real pass. Other arguments, errors and what comes back as in `load`.
+    tensors; without, in the first real pass. Matrices of linear layers above `matrix_bytes` are computed by ranges of
+    rows, so that none of them must fit into memory whole; some kernels round by the number of rows (README.md, Limits).
+    Other arguments, errors and what comes back as in `load`.
     """
     budget_bytes = parse_bytes(budget)
     keep_heap_tight()
     module.eval()
-    prepared = prepare_module(module, checkpoint, args=example_args, kwargs=example_kwargs)
+    prepared = prepare_module(
+        module,
+        checkpoint,
+        args=example_args,
+        kwargs=example_kwargs,
+        matrix_bytes=None if matrix_bytes is None else parse_bytes(matrix_bytes),
+    )
     session = _start(
         prepared,
         budget_bytes,

@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 from hermes.errors import EngineError
 from hermes.pipeload import (
     BlockDone,
+    BlockForeseen,
+    BlockForgotten,
     BlockWanted,
     Compute,
     Discard,
     Fetch,
     LoadEvicted,
     LoadFetched,
+    LoadKept,
     Pipeline,
     smallest_ring,
 )
@@ -37,6 +40,7 @@ class World:
         self.slots = {}  # visit -> {load: offset}; what is out of the ring, until the visit cannot be needed any more
         self.arrived = {}  # visit -> loads that are there
         self.leaving = set()
+        self.late = set()  # kept while a visit may have had it in the ring
         self.granted = None
         self.held = None
 
@@ -77,7 +81,7 @@ class World:
                 assert (order.block, load) in self.fetched_resident  # and so never discarded
                 assert load in self.resident[order.block] or (order.block, load) in self.leaving
             else:
-                assert load not in self.resident[order.block]
+                assert load not in self.resident[order.block] or (order.block, load) in self.late
                 assert offset == self.slots[order.visit][load]
                 assert load in self.arrived[order.visit]
 
@@ -125,6 +129,16 @@ class World:
         assert ((block, load) not in self.leaving) == idle
         return True
 
+    def keep(self, block, load):
+        if not self.pipeline.can_keep(block, load):
+            return False
+        assert (block, load) not in self.leaving
+        self.resident[block].add(load)
+        self.late.add((block, load))
+        self.log = [o for o in self.log if (o.block, o.load, o.offset) != (block, load, None)]
+        self.take(self.pipeline.on(LoadKept(block, load)))
+        return True
+
     def compute(self, block, choose):
         """Want a block and wait: the disk must get there."""
         self.want(block)
@@ -156,7 +170,9 @@ def test_any_control_flow_is_computed_within_bounds(data, world, seed):
         world.start()
     for _ in range(random_.randrange(40)):
         block = random_.randrange(len(world.blocks))
-        match random_.choice(["compute", "compute", "compute", "give up", "done", "read", "evict"]):
+        match random_.choice(
+            ["compute", "compute", "compute", "give up", "done", "read", "evict", "keep", "foresee", "forget"]
+        ):
             case "compute":
                 world.compute(block, choose)
             case "give up":
@@ -170,6 +186,13 @@ def test_any_control_flow_is_computed_within_bounds(data, world, seed):
                 world.finish(choose(len(world.under_way)))
             case "evict" if world.resident[block]:
                 world.evict(block, random_.choice(sorted(world.resident[block])))
+            case "foresee" if world.pipeline.can_foresee():
+                world.take(world.pipeline.on(BlockForeseen(block)))
+            case "forget":
+                world.take(world.pipeline.on(BlockForgotten(block)))
+            case "keep" if len(world.resident[block]) < len(world.blocks[block]):
+                streamed = set(range(len(world.blocks[block]))) - world.resident[block]
+                world.keep(block, random_.choice(sorted(streamed)))
             case _:
                 pass
     for block in range(len(world.blocks)):

@@ -12,6 +12,7 @@ import hermes
 from hermes.cli.bench import bench
 from hermes.cli.doctor import doctor
 from hermes.cli.errors import GuardedGroup
+from hermes.cli.fleet import fleet
 from hermes.cli.pack import pack, unpack
 from hermes.cli.plan import plan
 from hermes.cli.profile import profile
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 for command in (run, plan, profile, doctor, synth, pack, unpack):
     app.command()(command)
+app.add_typer(fleet, name="fleet")
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 

@@ -59,7 +59,7 @@ def profile(
         return
     from rich.console import Console
 
-    from hermes.report.tables import bandwidth_table, facts_table, profile_table
+    from hermes.report.tables import bandwidth_table, delay_facts, facts_table, profile_table
 
     machine = measured.machine
     console = Console()
@@ -75,6 +75,7 @@ def profile(
                     "touching memory first",
                     ", ".join(format_rate(1 / max(seconds, 1e-12)) for seconds in measured.touch_seconds_per_byte),
                 ),
+                *delay_facts(measured),
                 ("pages read back", f"{measured.refaults_per_second:.0f} a second (refaults: the cap is too tight)"),
                 ("stored", str(path)),
             ],

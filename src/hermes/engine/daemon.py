@@ -2,10 +2,22 @@
 
 from dataclasses import dataclass
 
+from hermes.errors import BudgetError
 from hermes.memory.probe import mapped_bytes, resident_bytes
+from hermes.units import format_budget, format_bytes
 
-__all__ = ["FaultMeter", "MemorySample", "WorkingSet", "bytes_to_give_back"]
+__all__ = [
+    "WATCH_SECONDS",
+    "FaultMeter",
+    "MemorySample",
+    "WorkingSet",
+    "bytes_to_give_back",
+    "outgrown",
+    "too_large_a_pass",
+]
 
+WATCH_SECONDS = 0.05
+"""Between two looks."""
 FAULT_STEP_BYTES = 16 * 2**20
 """Given back at a time while the system evicts code pages that are needed again at once."""
 FAULTS_PER_SECOND = 50
@@ -70,3 +82,24 @@ def bytes_to_give_back(sample: MemorySample) -> int:
     if excess > 0:
         return excess
     return FAULT_STEP_BYTES if sample.faults_per_second > FAULTS_PER_SECOND else 0
+
+
+def outgrown(needed_bytes: int, budget_bytes: int, minimum_bytes: int) -> BudgetError:
+    """The refusal to go on when nothing is left to give back."""
+    return BudgetError(
+        f"the process needs {format_bytes(needed_bytes)} and has no weights left to give back; its budget is "
+        f"{format_bytes(budget_bytes)} (a longer text or a larger batch than was planned for?); "
+        f"try --budget {format_budget(minimum_bytes)}",
+        minimum_bytes=minimum_bytes,
+    )
+
+
+def too_large_a_pass(nbytes: int, budget_bytes: int, missing_bytes: int) -> BudgetError:
+    """The refusal to begin a pass that takes `nbytes` besides weights, `missing_bytes` more than can be made free."""
+    minimum = budget_bytes + missing_bytes
+    return BudgetError(
+        f"this pass takes {format_bytes(nbytes)} besides weights (a longer text or a larger batch than was planned "
+        f"for), the budget of {format_bytes(budget_bytes)} leaves {format_bytes(nbytes - missing_bytes)}; "
+        f"try --budget {format_budget(minimum)}",
+        minimum_bytes=minimum,
+    )

@@ -9,21 +9,31 @@ other way round.
 import copy
 import threading
 import time
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from hermes.checkpoint.readers import Reader
 from hermes.engine.agents import LoadingAgents, Ticket
-from hermes.engine.daemon import FaultMeter, MemorySample, WorkingSet, bytes_to_give_back
+from hermes.engine.config import EngineConfig
+from hermes.engine.daemon import (
+    WATCH_SECONDS,
+    FaultMeter,
+    MemorySample,
+    WorkingSet,
+    bytes_to_give_back,
+    outgrown,
+    too_large_a_pass,
+)
 from hermes.engine.residents import Residents
 from hermes.engine.stats import EngineStats, Span
-from hermes.errors import BudgetError, EngineError, HermesError
+from hermes.errors import EngineError, HermesError
 from hermes.memory.allocator import trim_heap
 from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
 from hermes.memory.probe import find_cgroup, major_faults, resident_bytes
 from hermes.pipeload import (
     BlockDone,
+    BlockForeseen,
+    BlockForgotten,
     BlockWanted,
     Compute,
     Discard,
@@ -31,41 +41,14 @@ from hermes.pipeload import (
     Load,
     LoadEvicted,
     LoadFetched,
+    LoadKept,
     Order,
     Piece,
     Pipeline,
     Place,
 )
-from hermes.units import format_budget, format_bytes
 
-__all__ = ["Engine", "EngineConfig"]
-
-WATCH_SECONDS = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """What the planner settled.
-
-    Attributes:
-        ring_bytes: the window.
-        resident: for each block, its loads that stay in memory.
-        num_agents: Loading Agents.
-        buffer_bytes: of each agent, for loads that cannot be read straight into place; 0 if there are none.
-        ahead: False is the sequential engine.
-        blocks_in_pass: how many of the blocks a pass is expected to visit; None is all.
-        limit_bytes: the process's resident set above which resident weights are given back.
-        record: keep a span for each read and each block.
-    """
-
-    ring_bytes: int
-    resident: Sequence[Set[int]]
-    num_agents: int
-    buffer_bytes: int = 0
-    ahead: bool = True
-    blocks_in_pass: int | None = None
-    limit_bytes: int
-    record: bool = False
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -99,7 +82,7 @@ class Engine:
         self._config = config
         ledger.reserve("window", config.ring_bytes)
         ledger.reserve("buffers", config.buffer_bytes * config.num_agents)
-        self._residents = Residents(blocks, config.resident, pinned, ledger)
+        self._residents = Residents(blocks, config.resident, pinned, ledger, elastic=config.elastic)
         self.store = self._residents.store
         self.ring = Arena(config.ring_bytes)
         self._pipeline = Pipeline(
@@ -256,6 +239,44 @@ class Engine:
             self._reader.check()
         self._balance(0.0)
 
+    def foresee(self, block: int) -> bool:
+        """Begin to load a block before it is wanted; False where the window has no room to begin with. Never blocks."""
+        with self._lock:
+            self._raise_if_stopped()
+            possible = self._pipeline.can_foresee()
+            self._carry_out(self._pipeline.on(BlockForeseen(block)) if possible else ())
+            return possible
+
+    def is_there(self, block: int) -> bool:
+        """Whether `want` would return at once."""
+        with self._lock:
+            return self._pipeline.is_there(block)
+
+    def release(self) -> None:
+        """Give the memory of the block that is held, and of one that is waited for, back to the window."""
+        with self._lock:
+            self._release(self.clock())
+            self._carry_out(self._pipeline.on(BlockDone()))
+
+    def forget(self, block: int) -> None:
+        """Take back what `foresee` has begun for this block."""
+        with self._lock:
+            self._carry_out(self._pipeline.on(BlockForgotten(block)))
+
+    def resize(self, budget_bytes: int) -> int:
+        """Let the ledger have another budget; what it has from now on. Resident loads go, or (if `elastic`) come.
+
+        More than was asked where what streams cannot do with less, or a block under way still needs what it has; ask
+        again later. Never blocks.
+        """
+        with self._lock:
+            self._raise_if_stopped()
+            self._evict(self.ledger.reserved_bytes - budget_bytes)
+            self.ledger.resize(max(budget_bytes, self.ledger.reserved_bytes))
+            if self._config.elastic:
+                self._residents.keep(self.ledger.free_bytes, self._pipeline, self._keep)
+            return self.ledger.budget_bytes
+
     def close(self) -> None:
         """Stop and join every agent, drop the memory, close the files. Idempotent; raises nothing an agent raised."""
         with self._lock:
@@ -352,6 +373,8 @@ class Engine:
 
     def _balance(self, faults_per_second: float) -> None:
         """Give free heap back, then resident weights as far as needed; refuse when that is not enough."""
+        if self._config.limit_bytes is None:
+            return
         with self._lock:
             needed = self._working_set()  # under the lock: a figure from before an eviction would evict twice
             if needed > self._config.limit_bytes and trim_heap():
@@ -363,25 +386,13 @@ class Engine:
             if excess:
                 freed = self._evict(excess)
                 if freed < needed - self.ledger.budget_bytes:
-                    minimum = needed - freed + self._config.ring_bytes // 8
-                    raise BudgetError(
-                        f"the process needs {format_bytes(needed)} and has no weights left to give back; its budget is "
-                        f"{format_bytes(self.ledger.budget_bytes)} (a longer text or a larger batch than was planned "
-                        f"for?); try --budget {format_budget(minimum)}",
-                        minimum_bytes=minimum,
-                    )
+                    raise outgrown(needed, self.ledger.budget_bytes, needed - freed + self._config.ring_bytes // 8)
 
     def _reserve_heap(self, nbytes: int) -> None:
         """Have room for a pass that outgrows the plan; what blocks under way still hold comes as they let go of it."""
         missing = nbytes - self.ledger.accounts.get("heap", 0) - self.ledger.free_bytes
         if missing > 0 and (freed := self._evict(missing)) < missing:
-            needed = self.ledger.budget_bytes + missing - freed
-            raise BudgetError(
-                f"this pass takes {format_bytes(nbytes)} besides weights (a longer text or a larger batch than was "
-                f"planned for), the budget of {format_bytes(self.ledger.budget_bytes)} leaves "
-                f"{format_bytes(nbytes - missing + freed)}; try --budget {format_budget(needed)}",
-                minimum_bytes=needed,
-            )
+            raise too_large_a_pass(nbytes, self.ledger.budget_bytes, missing - freed)
         self._heap_bytes = max(self._heap_bytes, nbytes)
         self._grow_heap()
 
@@ -394,6 +405,9 @@ class Engine:
             self._carry_out(self._pipeline.on(LoadEvicted(block, load)))
 
         return self._residents.evict(nbytes, self._pipeline, give_back, at_once=at_once)
+
+    def _keep(self, block: int, load: int) -> None:
+        self._carry_out(self._pipeline.on(LoadKept(block, load)))
 
     def _discard(self, order: Discard) -> None:
         self._residents.discard(order.block, order.load)

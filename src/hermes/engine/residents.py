@@ -17,12 +17,19 @@ class Residents:
         kept: for each block, the numbers of those that stay.
         pinned: loads that stay and belong to no block; never given back.
         ledger: its account "resident" is this store's.
+        elastic: have a place (addresses, no memory) for every load, so that more can be kept later.
 
     Raises BudgetError from the constructor, before any memory is taken.
     """
 
     def __init__(
-        self, blocks: Sequence[Sequence[Load]], kept: Sequence[Set[int]], pinned: Sequence[Load], ledger: Ledger
+        self,
+        blocks: Sequence[Sequence[Load]],
+        kept: Sequence[Set[int]],
+        pinned: Sequence[Load],
+        ledger: Ledger,
+        *,
+        elastic: bool = False,
     ) -> None:
         self.evicted_bytes = 0
         self._blocks = blocks
@@ -39,6 +46,12 @@ class Residents:
                 self._slots[block, number] = offset
                 offset += blocks[block][number].slot_bytes
         ledger.reserve("resident", offset)
+        self._spare: dict[tuple[int, int], int] = {}  # (block, load) that streams -> offset, if it came to stay
+        streamed = [(block, number) for block, loads in enumerate(blocks) for number in range(len(loads))]
+        for block, number in streamed if elastic else ():
+            if (block, number) not in self._slots:
+                self._spare[block, number] = offset
+                offset += blocks[block][number].slot_bytes
         self.store = Arena(offset)
 
     def pinned_slots(self) -> list[tuple[Load, memoryview]]:
@@ -74,10 +87,30 @@ class Residents:
                     give_back(block, number)
         return freed
 
+    def keep(self, nbytes: int, pipeline: Pipeline, keep: Callable[[int, int], None]) -> int:
+        """Let loads that stream stay from now on, from the block that streams most; bytes taken, `nbytes` at most.
+
+        Raises BudgetError where the ledger has no such room.
+        """
+        taken = 0
+        sizes: dict[int, int] = {}
+        for block, number in self._spare:
+            sizes[block] = sizes.get(block, 0) + self._blocks[block][number].slot_bytes
+        for block, number in sorted(self._spare, key=lambda key: -sizes[key[0]]):
+            slot_bytes = self._blocks[block][number].slot_bytes
+            if taken + slot_bytes <= nbytes and pipeline.can_keep(block, number):
+                self._ledger.reserve("resident", self._ledger.accounts["resident"] + slot_bytes)
+                self._slots[block, number] = self._spare.pop((block, number))
+                taken += slot_bytes
+                keep(block, number)
+        return taken
+
     def discard(self, block: int, number: int) -> None:
         """Nobody uses the load any more: its memory goes."""
         slot_bytes = self._blocks[block][number].slot_bytes
-        self.store.discard(self._slots.pop((block, number)), slot_bytes)
+        offset = self._slots.pop((block, number))
+        self.store.discard(offset, slot_bytes)
+        self._spare[block, number] = offset
         self._ledger.reserve("resident", self._ledger.accounts["resident"] - slot_bytes)
         self._leaving_bytes -= slot_bytes
         self.evicted_bytes += slot_bytes

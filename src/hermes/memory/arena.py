@@ -22,7 +22,11 @@ class Arena:
         self.nbytes = nbytes
         huge = nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
         size = max(nbytes, mmap.PAGESIZE) + (HUGE_PAGE_BYTES if huge else 0)
-        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map: mmap.mmap | None = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            # A child (`trace_apart`) never looks at weights. Shared with it, each page that an agent writes meanwhile
+            # would be copied first, and a direct read under way could end in the child's copy.
+            self._map.madvise(mmap.MADV_DONTFORK)
         self._begin = 0
         if huge:
             self._map.madvise(mmap.MADV_HUGEPAGE)
@@ -37,9 +41,10 @@ class Arena:
         """Give the whole pages inside the range back to the system; they read as zeros from now on."""
         begin = -(-(self._begin + offset) // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (self._begin + offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+        if self._map is not None and end > begin and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def close(self) -> None:
         """Drop this handle; where tensors over the memory are alive, it goes when they go."""
         self.view = memoryview(b"")
+        self._map = None

@@ -35,6 +35,16 @@ class Ledger:
         """What is left of the budget."""
         return self.budget_bytes - self.reserved_bytes
 
+    def resize(self, budget_bytes: int) -> None:
+        """Set the budget; raises BudgetError and changes nothing if more than that is reserved."""
+        if self.reserved_bytes > budget_bytes:
+            raise BudgetError(
+                f"{format_bytes(self.reserved_bytes)} are reserved, a budget of {format_bytes(budget_bytes)} is less; "
+                f"try --budget {format_budget(self.reserved_bytes)}",
+                minimum_bytes=self.reserved_bytes,
+            )
+        self.budget_bytes = budget_bytes
+
     def reserve(self, account: str, nbytes: int) -> None:
         """Set an account to `nbytes`; raises BudgetError and changes nothing if that does not fit."""
         grow = nbytes - self._accounts.get(account, 0)

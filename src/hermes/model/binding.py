@@ -130,6 +130,8 @@ class Binding:
             module.__dict__.pop("forward", None)
         self._forwards = []
         self._ring = self._store = None
+        # The placeholders know this binding, and the live tensors of its blocks the engine's memory.
+        self._blocks, self._pinned = (), Block(name="pinned", loads=(), bound=())
 
     def _leave(self) -> None:
         if self._current is not None:

@@ -26,6 +26,8 @@ PIN_BYTES = 64 * 2**10
 """Parameters up to this size stay in memory: reading one costs a disk access, whatever its size."""
 HEAD_ROWS = 4096
 """Row ranges of a head are multiples of this: fewer rows can round differently from the whole matrix."""
+MATRIX_ROWS = 256
+"""Row ranges of a large matrix are multiples of this."""
 _REACHING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """torch's modules whose fast paths take the weights of modules inside them without calling those."""
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.(.*))?$")
@@ -63,14 +65,26 @@ class Partition:
     heads: Mapping[str, tuple[int, ...]]
 
 
-def partition(module: nn.Module, weights: WeightMap, trace: Trace | None, *, head_rows: int = HEAD_ROWS) -> Partition:
-    """Cut `module` along its trace, or (without one) in the order in which its modules were registered."""
+def partition(
+    module: nn.Module,
+    weights: WeightMap,
+    trace: Trace | None,
+    *,
+    head_rows: int = HEAD_ROWS,
+    matrix_bytes: int | None = None,
+) -> Partition:
+    """Cut `module` along its trace, or (without one) in the order in which its modules were registered.
+
+    With `matrix_bytes`, matrices of linear layers above that size are cut into ranges of rows as wide heads are.
+    """
     tables = _Tables(module, weights.sources)
     uses = tables.uses(trace)
     nbytes = {name: tables.nbytes(name) for name in weights.sources}
     pin_bytes = min(PIN_BYTES, max(nbytes.values(), default=0) // 64)
     rowwise = {name for name in tables.modules if tables.is_rowwise(name) and nbytes[tables.weight(name)] > pin_bytes}
     cut = {name for name in tables.modules if tables.is_wide_head(name, head_rows)}
+    large_matrices = {name for name in tables.modules if tables.is_matrix_above(name, matrix_bytes)} - cut
+    cut |= large_matrices
     users: dict[str, list[str]] = {name: [] for name in weights.sources}
     for use in uses:
         if use.parameter and use.module not in users[use.parameter]:
@@ -111,7 +125,8 @@ def partition(module: nn.Module, weights: WeightMap, trace: Trace | None, *, hea
     last = len(uses)
     for name in sorted({*owned, *cut}, key=lambda name: order.get(name, last)):
         if name in cut:
-            ranges = _row_ranges(tables.shape(tables.weight(name)), nbytes[tables.weight(name)], largest, head_rows)
+            most, rows = (matrix_bytes or 0, MATRIX_ROWS) if name in large_matrices else (largest, head_rows)
+            ranges = _row_ranges(tables.shape(tables.weight(name)), nbytes[tables.weight(name)], most, rows)
             heads[name] = [len(units) + number for number in range(len(ranges))]
             units += [Unit(module=name, parameters=(tables.weight(name),), rows=rows) for rows in ranges]
         else:
@@ -151,9 +166,9 @@ def _group(module: str, granularity: Granularity) -> str:
     return f"{match[1]} {'attention' if 'att' in (match[2] or '').lower() else 'feed-forward'}"
 
 
-def _row_ranges(shape: Sequence[int], nbytes: int, largest: int, head_rows: int) -> list[tuple[int, int]]:
-    """Ranges no larger than the largest other load, where `head_rows` allows it."""
-    step = max(1, largest // (nbytes // shape[0] * head_rows)) * head_rows
+def _row_ranges(shape: Sequence[int], nbytes: int, most_bytes: int, rows: int) -> list[tuple[int, int]]:
+    """Ranges of at most `most_bytes`, in multiples of so many rows; of one multiple where that is more."""
+    step = max(1, most_bytes // (nbytes // shape[0] * rows)) * rows
     return [(begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step)]
 
 
@@ -238,6 +253,17 @@ class _Tables:
             and type(module).forward is nn.Linear.forward
             and module.out_features > max(4 * module.in_features, 2 * head_rows - 1)
             and self._is_plain(self.weight(name))
+        )
+
+    def is_matrix_above(self, name: str, most_bytes: int | None) -> bool:
+        """A linear layer whose matrix has more bytes."""
+        module = self.modules[name]
+        return (
+            most_bytes is not None
+            and isinstance(module, nn.Linear)
+            and type(module).forward is nn.Linear.forward
+            and self._is_plain(self.weight(name))
+            and self.nbytes(self.weight(name)) > most_bytes
         )
 
     def _is_plain(self, name: str) -> bool:

@@ -6,6 +6,8 @@
 
 from hermes.pipeload.events import (
     BlockDone,
+    BlockForeseen,
+    BlockForgotten,
     BlockWanted,
     Compute,
     Discard,
@@ -13,6 +15,7 @@ from hermes.pipeload.events import (
     Fetch,
     LoadEvicted,
     LoadFetched,
+    LoadKept,
     Order,
 )
 from hermes.pipeload.loads import Codec, Load, Piece, Place, plan_load
@@ -21,6 +24,8 @@ from hermes.pipeload.state import Pipeline, smallest_ring
 
 __all__ = [
     "BlockDone",
+    "BlockForeseen",
+    "BlockForgotten",
     "BlockWanted",
     "Codec",
     "Compute",
@@ -30,6 +35,7 @@ __all__ = [
     "Load",
     "LoadEvicted",
     "LoadFetched",
+    "LoadKept",
     "Order",
     "Piece",
     "Pipeline",

@@ -2,12 +2,39 @@
 
 from dataclasses import dataclass
 
-__all__ = ["BlockDone", "BlockWanted", "Compute", "Discard", "Event", "Fetch", "LoadEvicted", "LoadFetched", "Order"]
+__all__ = [
+    "BlockDone",
+    "BlockForeseen",
+    "BlockForgotten",
+    "BlockWanted",
+    "Compute",
+    "Discard",
+    "Event",
+    "Fetch",
+    "LoadEvicted",
+    "LoadFetched",
+    "LoadKept",
+    "Order",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class BlockWanted:
     """The Inference Agent has come to this block; whatever it held before is done."""
+
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockForeseen:
+    """Somebody outside says that this block comes after all that is under way: begin to load it, as room allows."""
+
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockForgotten:
+    """What was foreseen of this block is not wanted after all: its memory goes back to the window."""
 
     block: int
 
@@ -27,6 +54,14 @@ class BlockDone:
 @dataclass(frozen=True, slots=True)
 class LoadEvicted:
     """A resident load is to be given back: visits that begin from now on stream it. `Discard` follows, now or later."""
+
+    block: int
+    load: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadKept:
+    """A streamed load has got a place to stay: it is fetched there with the next visit that has not begun it."""
 
     block: int
     load: int
@@ -62,5 +97,5 @@ class Discard:
     load: int
 
 
-Event = BlockWanted | LoadFetched | BlockDone | LoadEvicted
+Event = BlockWanted | BlockForeseen | BlockForgotten | LoadFetched | BlockDone | LoadEvicted | LoadKept
 Order = Fetch | Compute | Discard

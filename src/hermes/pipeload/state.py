@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence, Set
 from hermes.errors import EngineError
 from hermes.pipeload.events import (
     BlockDone,
+    BlockForeseen,
+    BlockForgotten,
     BlockWanted,
     Compute,
     Discard,
@@ -19,6 +21,7 @@ from hermes.pipeload.events import (
     Fetch,
     LoadEvicted,
     LoadFetched,
+    LoadKept,
     Order,
 )
 from hermes.pipeload.ring import Ring
@@ -112,13 +115,25 @@ class Pipeline:
                 self._visits[visit].missing -= 1
             case BlockDone():
                 self._release()
+            case BlockForeseen(block):
+                self._foresee(block)
+            case BlockForgotten(block):
+                self._forget(block)
             case LoadEvicted(block, load):
                 orders += self._evict(block, load)
+            case LoadKept(block, load):
+                self._keep(block, load)
         return orders + self._advance()
 
     def is_abandoned(self, visit: int) -> bool:
         """Whether a ring fetch ordered for this visit need not be carried out any more (but still reported)."""
         return self._visits[visit].done
+
+    def is_there(self, block: int) -> bool:
+        """Whether this block, wanted now, would be granted at once."""
+        pending = (visit for visit in self._queue if not visit.done and visit is not self._current)
+        visit = next((visit for visit in pending if visit.block == block), None)
+        return visit is not None and not visit.waiting and self._is_fetched(block)
 
     def can_evict(self, block: int, load: int) -> bool:
         """Whether this load is resident, and the window would hold the block if it streamed it too."""
@@ -126,12 +141,22 @@ class Pipeline:
             return False
         return smallest_ring([[*self._streamed(block), self._slot_bytes[block][load]]]) <= self._ring.capacity_bytes
 
+    def can_keep(self, block: int, load: int) -> bool:
+        """Whether this load streams, and no visit that began while it was resident still looks at its old place."""
+        leaving = any(load in visit.leaving for visit in self._queue if visit.block == block)
+        return load not in self._resident[block] and not leaving
+
+    def can_foresee(self) -> bool:
+        """Whether everything ahead has room, so that one more block can be begun."""
+        return not self._queue or not self._queue[-1].waiting
+
     def is_idle(self, block: int) -> bool:
         """Whether what it gives back can go at once: no visit of it is under way.
 
         A visit that is only foreseen, with nothing streamed for it or after it, is not under way: it is begun anew.
         """
-        return not self._in_flight(block) or self._is_foreseen(block)
+        visits = sum(visit.block == block for visit in self._queue)
+        return not visits or (visits == 1 and self._is_foreseen(block))
 
     @property
     def ring(self) -> Ring:
@@ -162,6 +187,25 @@ class Pipeline:
         for visit in pending[:ahead]:  # skipped, or (where the block is not coming at all) abandoned
             visit.finish()
         self._wanted = pending[ahead] if ahead < len(pending) else self._push(block)
+
+    def _foresee(self, block: int) -> None:
+        if not self.can_foresee():
+            raise EngineError(f"block {block}: no room, a block before it still waits for its own")
+        self._push(block)
+
+    def _forget(self, block: int) -> None:
+        for visit in self._queue:
+            if visit.block == block and visit is not self._current and visit is not self._wanted:
+                visit.finish()
+
+    def _keep(self, block: int, load: int) -> None:
+        if not self.can_keep(block, load):
+            raise EngineError(f"load {load} of block {block} cannot be kept now")
+        self._resident[block].add(load)
+        self._cold[block].append(load)
+        for visit in self._queue:  # that have no room for it yet: it does not stream any more
+            if visit.block == block and load in visit.waiting:
+                visit.waiting.remove(load)
 
     def _release(self) -> None:
         for visit in (self._current, self._wanted):  # still wanted: the Inference Agent gave up waiting

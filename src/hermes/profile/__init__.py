@@ -4,6 +4,7 @@ The passes that measure a model are run by `hermes.session.measure`; disk and ke
 """
 
 from hermes.profile.calibrate import calibrate_compute
+from hermes.profile.delays import BlockSample, DelayModel, LinearFit, fit_delays
 from hermes.profile.disk import bandwidths_beside_compute, measure_bandwidth, measure_touch, refresh_bandwidths
 from hermes.profile.machine import machine_record
 from hermes.profile.records import (
@@ -13,6 +14,7 @@ from hermes.profile.records import (
     MachineRecord,
     Profile,
     UnitRecord,
+    block_samples,
 )
 from hermes.profile.store import load_profile, profile_path, save_profile
 from hermes.profile.unpacking import measure_unpacking
@@ -20,12 +22,17 @@ from hermes.profile.unpacking import measure_unpacking
 __all__ = [
     "PROFILE_VERSION",
     "BandwidthRecord",
+    "BlockSample",
     "ComputeRecord",
+    "DelayModel",
+    "LinearFit",
     "MachineRecord",
     "Profile",
     "UnitRecord",
     "bandwidths_beside_compute",
+    "block_samples",
     "calibrate_compute",
+    "fit_delays",
     "load_profile",
     "machine_record",
     "measure_bandwidth",

@@ -1,13 +1,22 @@
 """Frozen records of a profile, as they are written to JSON."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hermes.errors import ProfileError
 from hermes.model.trace import Trace
+from hermes.profile.delays import BlockSample, DelayModel
 
-__all__ = ["PROFILE_VERSION", "BandwidthRecord", "ComputeRecord", "MachineRecord", "Profile", "UnitRecord"]
+__all__ = [
+    "PROFILE_VERSION",
+    "BandwidthRecord",
+    "ComputeRecord",
+    "MachineRecord",
+    "Profile",
+    "UnitRecord",
+    "block_samples",
+]
 
 PROFILE_VERSION = 3
 
@@ -101,6 +110,7 @@ class Profile:
         units: in the order of a pass.
         measured: False where compute was estimated from operations, not measured.
         trace: of the pass over that batch and sequence; None where it could not be followed.
+        delays: fitted to the units, for blocks that were never measured; None in an estimate.
     """
 
     version: int = PROFILE_VERSION
@@ -118,12 +128,43 @@ class Profile:
     units: tuple[UnitRecord, ...]
     measured: bool = True
     trace: Trace | None = None
+    delays: DelayModel | None = None
     _by_name: dict[str, UnitRecord] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def compute_of(self, unit: str) -> ComputeRecord:
-        """Cost of a unit by name. Raises ProfileError where it was never measured."""
+    def compute_of(self, unit: str, like: BlockSample | None = None) -> ComputeRecord:
+        """Cost of a unit by name; of one that was never measured, by the delay model for a block `like` it.
+
+        Raises ProfileError where there is no such model either.
+        """
         if not self._by_name:
             self._by_name.update({record.name: record for record in self.units})
         if unit not in self._by_name:
+            if like is not None and self.delays is not None and self.delays.t_ex is not None:
+                tokens = self.batch_size * self.sequence_length
+                return ComputeRecord(samples=((tokens, self.delays.t_ex.seconds(like)),))
             raise ProfileError(f"the profile knows no unit {unit}; run `hermes profile` again")
         return self._by_name[unit].compute
+
+
+def block_samples(units: Sequence[UnitRecord], tokens: int) -> list[BlockSample]:
+    """Each unit as a block of its own, and the layers of several units: seconds at so many tokens, alone on the disk.
+
+    What it takes to release a block was not measured: it is microseconds, nothing is copied or given to the system.
+    """
+    layers: dict[str, list[UnitRecord]] = {}
+    for unit in units:
+        layers.setdefault(unit.block, []).append(unit)
+    groups = [[unit] for unit in units] + [members for members in layers.values() if len(members) > 1]
+    return [
+        BlockSample(
+            nbytes=sum(unit.nbytes for unit in group),
+            flops=sum(unit.flops for unit in group),
+            activation_bytes=max(unit.activation_bytes for unit in group),
+            depth=len(group),
+            in_seconds=sum(unit.load_seconds[max(unit.load_seconds)] for unit in group)
+            if all(unit.load_seconds for unit in group)
+            else None,
+            ex_seconds=sum(unit.compute.seconds(tokens) for unit in group),
+        )
+        for group in groups
+    ]

@@ -12,13 +12,14 @@ from rich import box
 from rich.table import Table
 
 from hermes.plan import Plan
-from hermes.profile import ComputeRecord, Profile, UnitRecord
+from hermes.profile import ComputeRecord, LinearFit, Profile, UnitRecord
 from hermes.units import format_bytes, format_rate, format_seconds
 
 __all__ = [
     "FoldedUnits",
     "bandwidth_table",
     "budget_table",
+    "delay_facts",
     "facts_table",
     "fold_units",
     "merge_blocks",
@@ -145,6 +146,28 @@ def bandwidth_table(profile: Profile) -> Table:
         cells = [format_rate(rates[count, size]) if (count, size) in rates else "" for size in sizes]
         table.add_row(str(count), *cells)
     return table
+
+
+def delay_facts(profile: Profile) -> list[tuple[str, str]]:
+    """The delay model in words: what is linear in what, and how well that explains what was measured."""
+    delays = profile.delays
+    if delays is None:
+        return []
+    facts = [(f"{name} (loading)", _fit(fit)) for name, fit in (("t_in", delays.t_in),) if fit is not None]
+    if delays.t_ex is not None:
+        facts.append(("t_ex (computing)", _fit(delays.t_ex)))
+    if delays.t_ex_flops is not None and delays.t_ex != delays.t_ex_flops:
+        facts.append(("t_ex by FLOPs alone", f"{_fit(delays.t_ex_flops)}: memory decides, too"))
+    return facts
+
+
+def _fit(fit: LinearFit) -> str:
+    rates = [
+        format_rate(1 / fit.coefficients["nbytes"]) if fit.coefficients.get("nbytes", 0) > 0 else "",
+        f"{_format_flops(1 / fit.coefficients['flops'])}FLOP/s" if fit.coefficients.get("flops", 0) > 0 else "",
+    ]
+    terms = ", ".join([*filter(None, rates), f"{fit.constant * 1e3:.2g} ms each"])
+    return f"{terms}; R^2 {fit.r_squared:.3f} over {fit.num_samples} blocks"
 
 
 def merge_blocks(units: Iterable[UnitRecord]) -> list[UnitRecord]:

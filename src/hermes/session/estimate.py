@@ -22,7 +22,7 @@ from hermes.profile import (
 )
 from hermes.session.prepare import Prepared
 
-__all__ = ["estimate_profile", "measure_floor", "unit_flops", "unit_record"]
+__all__ = ["estimate_profile", "measure_floor", "unit_record"]
 
 SAMPLE_BYTES = 64 * 2**20
 _LAYER = re.compile(r"^.*?\.\d+(?=\.|$)")
@@ -46,7 +46,7 @@ def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *
     units = []
     for unit in prepared.partition.units:
         nbytes = sum(load.nbytes for load in factory.block([unit]).loads)
-        flops = unit_flops(prepared, unit)
+        flops = prepared.sample(unit).flops
         single = calibration.seconds(nbytes, flops / max(1, workload.sequence_length))
         compute = {workload.batch_size: single, tokens: max(single, calibration.seconds(nbytes, flops))}
         units.append(
@@ -74,17 +74,6 @@ def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *
     )
 
 
-def unit_flops(prepared: Prepared, unit: Unit) -> int:
-    """Operations of a unit in the traced pass; a range of a head has its share of the head's."""
-    if prepared.trace is None:
-        return 0
-    flops = prepared.trace.flops.get(unit.module, 0)
-    if unit.rows is None:
-        return flops
-    rows = sum(u.rows[1] - u.rows[0] for u in prepared.partition.units if u.module == unit.module and u.rows)
-    return flops * (unit.rows[1] - unit.rows[0]) // rows
-
-
 def unit_record(
     prepared: Prepared, unit: Unit, *, nbytes: int, load_seconds: dict[int, float], compute: ComputeRecord
 ) -> UnitRecord:
@@ -95,7 +84,7 @@ def unit_record(
         name=unit.name,
         block=match[0] if match else unit.module,
         nbytes=nbytes,
-        flops=unit_flops(prepared, unit),
+        flops=prepared.sample(unit).flops,
         activation_bytes=live,
         load_seconds=load_seconds,
         compute=compute,

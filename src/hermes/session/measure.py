@@ -3,7 +3,9 @@
 import inspect
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -16,16 +18,18 @@ from hermes.profile import (
     ComputeRecord,
     Profile,
     bandwidths_beside_compute,
+    block_samples,
+    fit_delays,
     machine_record,
     measure_bandwidth,
     measure_touch,
     measure_unpacking,
 )
-from hermes.session.estimate import measure_floor, unit_record
+from hermes.session.estimate import estimate_profile, measure_floor, unit_record
 from hermes.session.prepare import Prepared
 from hermes.session.session import Session, memory_limit, start_session
 
-__all__ = ["measure_profile"]
+__all__ = ["measure_calls", "measure_profile"]
 
 MIB = 2**20
 SAMPLE_BYTES = 512 * MIB
@@ -104,7 +108,32 @@ def measure_profile(prepared: Prepared) -> Profile:
         bandwidths=tuple(bandwidths_beside_compute(bandwidths, beside)),
         units=tuple(units),
         trace=prepared.trace,
+        delays=fit_delays(block_samples(units, workload.batch_size * workload.sequence_length)),
     )
+
+
+def measure_calls(prepared: Prepared, call: Callable[[Any], object], *, rounds: int = 3) -> Profile:
+    """An estimate whose seconds of computing are measured, by so many calls of `call(module)` after a cold one.
+
+    The disk is sampled as for an estimate, while nothing else uses it. Blocking, for about as long as reading the
+    weights takes in each round. Holds the smallest window twice. Raises ReadError, and whatever `call` raises.
+    """
+    floor_bytes = measure_floor(prepared)
+    with prepared.reader() as reader:
+        factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
+        profile = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes)
+    rows = []
+    with _start(prepared, 2, sequential=False) as session, torch.no_grad():
+        for _ in range(1 + rounds):
+            call(prepared.module)
+            rows.append(_by_unit(session, len(prepared.partition.units))[1])
+    tokens = prepared.workload.batch_size * prepared.workload.sequence_length
+    seconds = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
+    units = tuple(
+        replace(unit, compute=ComputeRecord(samples=((tokens, cost),)))
+        for unit, cost in zip(profile.units, seconds, strict=True)
+    )
+    return replace(profile, units=units, measured=True, delays=fit_delays(block_samples(units, tokens)))
 
 
 def _measured_passes(prepared: Prepared, session: Session) -> Iterator[tuple[int, list[float], list[float]]]:

@@ -20,9 +20,9 @@ from hermes.model.lean import lean_imports
 from hermes.model.mapping import WeightMap, is_transformers_model, map_weights
 from hermes.model.skeleton import build_skeleton, finish_skeleton
 from hermes.model.trace import Trace, trace_apart
-from hermes.model.units import GRANULARITIES, HEAD_ROWS, Granularity, Partition, group_units, partition
+from hermes.model.units import GRANULARITIES, HEAD_ROWS, Granularity, Partition, Unit, group_units, partition
 from hermes.plan import Bandwidth, Problem, UnitCost
-from hermes.profile import Profile
+from hermes.profile import BlockSample, Profile
 from hermes.session.known import stored_profile, trace_at
 from hermes.session.workload import Workload, heap_bytes
 
@@ -71,6 +71,22 @@ class Prepared:
         """Of the first floating-point parameter, as torch spells it ("float32")."""
         return _dtype_name(self.module)
 
+    def sample(self, unit: Unit) -> BlockSample:
+        """A unit as the delay model sees it; without a trace, its bytes alone."""
+        nbytes = sum(self._nbytes(name, unit.rows) for name in unit.parameters)
+        trace = self.trace
+        return BlockSample(
+            nbytes=nbytes,
+            flops=_unit_flops(trace, self.partition, unit) if trace is not None else 0,
+            activation_bytes=trace.live_bytes.get(unit.module, 0) if trace is not None else 0,
+            depth=1,
+        )
+
+    def _nbytes(self, name: str, rows: tuple[int, int] | None) -> int:
+        tensor = self.module.get_parameter(name)
+        count = tensor.numel() if rows is None else tensor.numel() // tensor.shape[0] * (rows[1] - rows[0])
+        return count * tensor.element_size()
+
     def reader(self) -> Reader:
         """A new reader over the checkpoint's files."""
         return open_reader(self.checkpoint)
@@ -105,7 +121,7 @@ class Prepared:
         for unit in self.partition.units:
             block = factory.block([unit])
             bounced |= any(piece.bounced for load in block.loads for piece in load.pieces)
-            cost = profile.compute_of(unit.name)
+            cost = profile.compute_of(unit.name, self.sample(unit))
             units.append(
                 UnitCost(
                     name=unit.name,
@@ -146,6 +162,15 @@ class Prepared:
         )
 
 
+def _unit_flops(trace: Trace, partition: Partition, unit: Unit) -> int:
+    """Operations of a unit in the traced pass; a range of a head has its share of the head's."""
+    flops = trace.flops.get(unit.module, 0)
+    if unit.rows is None:
+        return flops
+    rows = sum(u.rows[1] - u.rows[0] for u in partition.units if u.module == unit.module and u.rows)
+    return flops * (unit.rows[1] - unit.rows[0]) // rows
+
+
 def _dtype_name(module: nn.Module) -> str:
     found = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
     return str(found).removeprefix("torch.")
@@ -162,6 +187,7 @@ def prepare_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     head_rows: int = HEAD_ROWS,
+    matrix_bytes: int | None = None,
     profile: str | Path | None = None,
     fresh: bool = False,
 ) -> Prepared:
@@ -201,7 +227,7 @@ def prepare_model(
     tracing_bytes = 0
     if found is None:
         found, tracing_bytes = _trace(skeleton, workload)
-    prepared = _prepared(skeleton, checkpoint, weights, found, workload, directory, head_rows)
+    prepared = _prepared(skeleton, checkpoint, weights, found, workload, directory, head_rows, matrix_bytes)
     if known is not None and not _covers(known, prepared, must=profile is not None):
         known = None
     preparing_bytes = memory_split().anon_bytes + tracing_bytes + CODE_BYTES if tracing_bytes else 0
@@ -222,10 +248,10 @@ def _trace(skeleton: nn.Module, workload: Workload) -> tuple[Trace | None, int]:
 
 
 def _covers(profile: Profile, prepared: Prepared, *, must: bool) -> bool:
-    """Whether every unit was measured; raises ProfileError if it `must`."""
+    """Whether every unit was measured, or can be predicted from those that were; raises ProfileError if it `must`."""
     try:
         for unit in prepared.partition.units:
-            profile.compute_of(unit.name)
+            profile.compute_of(unit.name, prepared.sample(unit))
     except ProfileError as error:
         if must:
             raise
@@ -241,6 +267,7 @@ def prepare_module(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     head_rows: int = HEAD_ROWS,
+    matrix_bytes: int | None = None,
 ) -> Prepared:
     """The same for any module and its state-dict file; with example inputs its pass is traced, else it is found out."""
     path = resolve_model(checkpoint)
@@ -249,7 +276,14 @@ def prepare_module(
     finish_skeleton(module, weights)
     found = trace_apart(module, args, kwargs or {})[0] if args or kwargs else None
     return _prepared(
-        module, opened, weights, found, Workload(sequence_length=1, num_forwards=FORWARDS), path, head_rows
+        module,
+        opened,
+        weights,
+        found,
+        Workload(sequence_length=1, num_forwards=FORWARDS),
+        path,
+        head_rows,
+        matrix_bytes,
     )
 
 
@@ -261,6 +295,7 @@ def _prepared(
     workload: Workload,
     source: Path,
     head_rows: int,
+    matrix_bytes: int | None,
 ) -> Prepared:
     if found is None:
         logger.info("control flow depends on values (or no example input was given): the first pass finds the order")
@@ -269,7 +304,7 @@ def _prepared(
         checkpoint=checkpoint,
         weights=weights,
         trace=found,
-        partition=partition(module, weights, found, head_rows=head_rows),
+        partition=partition(module, weights, found, head_rows=head_rows, matrix_bytes=matrix_bytes),
         workload=workload,
         source=source,
     )

@@ -14,7 +14,7 @@ from hermes.engine import Engine, EngineConfig, EngineStats
 from hermes.memory.allocator import hold_heap
 from hermes.memory.ledger import Ledger
 from hermes.memory.probe import find_cgroup
-from hermes.model.binding import Binding
+from hermes.model.binding import Binding, BlockSource
 from hermes.model.units import Granularity
 from hermes.plan import Plan
 from hermes.session.demand import demand_of
@@ -44,12 +44,14 @@ class Session:
         plan: what was settled.
         stats: what was measured so far.
         ledger: reservations under the budget.
+        engine: what moves the weights.
     """
 
     prepared: Prepared
     plan: Plan
     stats: EngineStats
     ledger: Ledger
+    engine: Engine
     _close: Callable[[], None]
 
     def close(self) -> None:
@@ -63,8 +65,20 @@ class Session:
         self.close()
 
 
-def start_session(prepared: Prepared, plan: Plan, reader: Reader, *, record: bool = False) -> Session:
+def start_session(
+    prepared: Prepared,
+    plan: Plan,
+    reader: Reader,
+    *,
+    record: bool = False,
+    quota: Ledger | None = None,
+    source: Callable[[Engine], BlockSource] = lambda engine: engine,
+) -> Session:
     """Take the memory, start the agents, bind the model. The reader is closed with the session.
+
+    With a `quota` the session is one of several in a budget: weights, window and buffers are reserved there, and floor
+    and heap are the business of whoever gave it, who also watches real memory. `source` is what the model pulls its
+    blocks through: the engine itself, or something around it that decides whose turn it is.
 
     Raises:
         BudgetError: the plan does not fit its own limit any more.
@@ -73,12 +87,13 @@ def start_session(prepared: Prepared, plan: Plan, reader: Reader, *, record: boo
     factory = prepared.factory(reader.alignment, plan.piece_bytes)
     blocks, block_of_unit = prepared.blocks(factory, cast(Granularity, plan.granularity))
     pinned = factory.pinned(prepared.partition.pinned)
-    ledger = Ledger(plan.limit_bytes)
     bounced = any(piece.bounced for block in [*blocks, pinned] for load in block.loads for piece in load.pieces)
-    hold_heap(plan.heap_bytes)
-    ledger.reserve("floor", plan.floor_bytes)
-    ledger.reserve("heap", plan.heap_bytes)
-    ledger.reserve("margin", min(MARGIN_BYTES, ledger.free_bytes))
+    ledger = quota or Ledger(plan.limit_bytes)
+    if quota is None:
+        hold_heap(plan.heap_bytes)
+        ledger.reserve("floor", plan.floor_bytes)
+        ledger.reserve("heap", plan.heap_bytes)
+        ledger.reserve("margin", min(MARGIN_BYTES, ledger.free_bytes))
     num_in_pass = prepared.partition.num_in_pass
     engine = Engine(
         [block.loads for block in blocks],
@@ -92,14 +107,15 @@ def start_session(prepared: Prepared, plan: Plan, reader: Reader, *, record: boo
             buffer_bytes=factory.buffer_bytes if bounced else 0,
             ahead=not plan.sequential,
             blocks_in_pass=block_of_unit[num_in_pass - 1] + 1 if num_in_pass else None,
-            limit_bytes=plan.limit_bytes - MARGIN_BYTES // 2,
+            limit_bytes=plan.limit_bytes - MARGIN_BYTES // 2 if quota is None else None,
+            elastic=quota is not None,
             record=record,
         ),
     )
     try:
         binding = Binding(
             prepared.module,
-            engine,
+            source(engine),
             blocks=blocks,
             pinned=pinned,
             partition=prepared.partition,
@@ -123,7 +139,7 @@ def start_session(prepared: Prepared, plan: Plan, reader: Reader, *, record: boo
         close()
         raise
     weakref.finalize(prepared.module, engine.close)
-    return Session(prepared=prepared, plan=plan, stats=engine.stats, ledger=ledger, _close=close)
+    return Session(prepared=prepared, plan=plan, stats=engine.stats, ledger=ledger, engine=engine, _close=close)
 
 
 def attach(module: nn.Module, session: Session) -> nn.Module:

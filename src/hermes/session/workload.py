@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from hermes.model.trace import Trace
 
-__all__ = ["Workload", "heap_bytes"]
+__all__ = ["HEAP_SLACK_BYTES", "UNTRACED_HEAP_BYTES", "Workload", "heap_bytes"]
 
 HEAP_SLACK_BYTES = 36 * 2**20
 """For what no trace sees: code pages of kernels that were not run before (up to 20 MiB), the allocator's own rounding,

@@ -1,0 +1,336 @@
+"""Several models under one budget (SwapNet): `Fleet` prepares them, divides the bytes, and runs their requests."""
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from hermes.errors import BudgetError, InputError
+from hermes.fleet.disk import DiskTurns
+from hermes.fleet.plan import Candidate, FleetPlan, plan_fleet
+from hermes.fleet.report import FleetReport, ModelReport, make_report
+from hermes.fleet.schedule import POLICIES, Policy
+from hermes.fleet.shares import Shares
+from hermes.fleet.turns import Turns
+from hermes.fleet.worker import Worker
+from hermes.memory.allocator import keep_heap_tight, trim_heap
+from hermes.memory.probe import peak_resident_bytes, resident_bytes
+from hermes.model.blocks import Block, LoadFactory
+from hermes.model.inputs import example_inputs
+from hermes.session import (
+    HEAP_SLACK_BYTES,
+    MARGIN_BYTES,
+    UNTRACED_HEAP_BYTES,
+    Prepared,
+    Workload,
+    measure_calls,
+    memory_limit,
+    prepare_model,
+    prepare_module,
+)
+from hermes.units import parse_bytes
+
+__all__ = ["Fleet", "FleetReport", "ModelReport"]
+
+MATRIX_BYTES = 32 * 2**20
+"""Larger matrices are computed by ranges of rows, or no quota below twice their size would do."""
+PIECE_BYTES = 8 * 2**20
+SKELETON_BYTES_PER_MODULE = 16 * 2**10
+
+
+class Fleet:
+    """Models that share a budget, each with the output it would have alone. A context manager; `close` ends it.
+
+        with hermes.Fleet(budget="1GiB") as fleet:
+            fleet.add("detector", detector, "yolov3.safetensors", example_args=(picture,), importance=2)
+            fleet.add("encoder", "models/minilm")
+            answer = fleet.submit("detector", picture)      # a concurrent.futures.Future
+            boxes = answer.result()
+
+    Each model is an engine with a quota of its own. Quotas and floor never sum to more than the budget (one ledger).
+    One model computes at a time; while it does, the others' blocks are read. A request that raises, or a model whose
+    file is damaged, fails alone.
+
+    Args:
+        budget: bound on the resident set of this process, "1GiB" or bytes; a cgroup's tighter limit holds instead.
+        policy: of the turns, "round-robin" (SwapNet's) or "deadline"; "auto" takes the one with the shorter predicted
+            round.
+        max_active: requests that may be under way at once (their activations are all in memory); None: what is best.
+        elastic: lend the bytes of models without requests to those that have some.
+
+    Raises InputError, BudgetError.
+    """
+
+    def __init__(
+        self, *, budget: str | int, policy: str = "auto", max_active: int | None = None, elastic: bool = True
+    ) -> None:
+        self.budget_bytes = parse_bytes(budget)
+        if policy not in (*POLICIES, "auto"):
+            raise InputError(f"policy {policy!r} is none of {', '.join(POLICIES)}, auto")
+        keep_heap_tight()
+        self._policy: Policy | None = next((name for name in POLICIES if name == policy), None)
+        self._max_active = max_active
+        self._elastic = elastic
+        self._candidates: dict[str, Candidate] = {}
+        self._prepared: dict[str, Prepared] = {}
+        self._workers: dict[str, Worker] = {}
+        self._plan: FleetPlan | None = None
+        self._turns: Turns | None = None
+        self._disk: DiskTurns | None = None
+        self._shares: Shares | None = None
+        self._floor_bytes = 0
+        self._changing = threading.RLock()  # one add, remove or start at a time
+        self._closed = False
+
+    # ------------------------------------------------------------------ who is in it
+
+    def add(
+        self,
+        name: str,
+        model: nn.Module | str | Path,
+        checkpoint: str | Path | None = None,
+        *,
+        importance: float = 1.0,
+        deadline_seconds: float | None = None,
+        example_args: tuple[Any, ...] = (),
+        example_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int = 1,
+        sequence_length: int = 128,
+        max_new_tokens: int = 0,
+        matrix_bytes: int = MATRIX_BYTES,
+    ) -> None:
+        """Bring a model in; while others run, too: they wait for the moment in which bytes are divided anew.
+
+        Its computing time is measured by a few passes (a stored profile of a transformers model is taken instead).
+
+        Args:
+            name: to submit to.
+            model: a module with its `checkpoint`, as `hermes.stream` takes them; or as `hermes.load` takes it.
+            checkpoint: state-dict file of a module.
+            importance: weight when bytes are shared out; its requests are due sooner by this factor.
+            deadline_seconds: after arrival, for each of its requests; None: by importance.
+            example_args: of a module's forward; needed for a module.
+            example_kwargs: likewise.
+            batch_size: sequences at a time that a transformers model is prepared for.
+            sequence_length: tokens of each, likewise.
+            max_new_tokens: likewise; 0 where forward alone is called.
+            matrix_bytes: matrices of linear layers above this are computed by ranges of rows.
+
+        Raises:
+            InputError: a name taken twice, an importance that is not positive.
+            BudgetError: not even the smallest windows fit; the fleet stays as it was.
+            CheckpointError, ModelError, ReadError: as they say; likewise.
+        """
+        with self._changing:
+            self._check_new(name, importance, deadline_seconds)
+            if isinstance(model, nn.Module):
+                if checkpoint is None or not (example_args or example_kwargs):
+                    raise InputError(f"{name}: a module needs its checkpoint and example_args, to be measured with")
+                prepared = prepare_module(
+                    model.eval(), checkpoint, args=example_args, kwargs=example_kwargs, matrix_bytes=matrix_bytes
+                )
+                kwargs = dict(example_kwargs or {})
+            else:
+                workload = Workload(
+                    batch_size=batch_size, sequence_length=sequence_length, max_new_tokens=max_new_tokens
+                )
+                prepared = prepare_model(model, workload=workload, matrix_bytes=matrix_bytes)
+                kwargs = example_inputs(prepared.module, batch_size=batch_size, sequence_length=sequence_length) or {}
+            was = self._candidates
+            try:
+                if self._shares is not None:
+                    self._make_room(prepared)
+                call = _forward(example_args, kwargs)
+                self._candidates = {**was, name: _candidate(prepared, call, importance, deadline_seconds)}
+                self._prepared[name] = prepared
+                if self._workers:
+                    self._floor_bytes += SKELETON_BYTES_PER_MODULE * sum(1 for _ in prepared.module.modules())
+                    self._settle()
+            except BaseException:
+                self._candidates = was
+                self._prepared.pop(name, None)
+                if self._workers:
+                    self._settle()
+                raise
+
+    def remove(self, name: str) -> None:
+        """Let a model go once its requests are answered; its bytes go to the others. Raises InputError."""
+        with self._changing:
+            if name not in self._candidates:
+                raise InputError(f"there is no model {name!r}; there are {', '.join(self._candidates) or 'none'}")
+            gone = self._workers.pop(name, None)
+            if gone is not None:
+                gone.stop()
+                self._running()[0].leave(name)
+            del self._candidates[name], self._prepared[name]
+            if self._workers:
+                self._settle()
+
+    def start(self) -> FleetPlan:
+        """Divide the bytes and start the engines; `submit` does it where nobody has. Returns the plan.
+
+        Raises BudgetError, with the smallest budget that works. Blocking until small weights are read.
+        """
+        with self._changing:
+            if self._closed:
+                raise InputError("the fleet is closed; make a new one")
+            if self._plan is None:
+                if not self._candidates:
+                    raise InputError("the fleet has no models; add some first")
+                trim_heap()
+                self._floor_bytes = resident_bytes()
+                self._settle()
+            return self.plan
+
+    # ------------------------------------------------------------------ what it does
+
+    def submit(self, name: str, *args: Any, deadline_seconds: float | None = None, **kwargs: Any) -> "Future[Any]":
+        """`model(*args, **kwargs)` when its turn comes; the future has its output, or what it raised. Never blocks.
+
+        `deadline_seconds` from now, else the model's own. Raises InputError for a model that is not there.
+        """
+        return self.call(name, lambda module: module(*args, **kwargs), deadline_seconds=deadline_seconds)
+
+    def call(
+        self, name: str, function: Callable[[Any], Any], *, deadline_seconds: float | None = None
+    ) -> "Future[Any]":
+        """The same for any use of a model, as `lambda model: model.generate(...)`."""
+        if self._plan is None or self._closed:
+            self.start()
+        worker = self._workers.get(name)
+        if worker is None:
+            raise InputError(f"there is no model {name!r}; there are {', '.join(self._workers)}")
+        own = self._candidates[name].deadline_seconds
+        return worker.submit(function, own if deadline_seconds is None else deadline_seconds)
+
+    @property
+    def plan(self) -> FleetPlan:
+        """What is settled. Raises InputError before `start`."""
+        if self._plan is None:
+            raise InputError("the fleet has not started; call start() first")
+        return self._plan
+
+    @property
+    def candidates(self) -> Mapping[str, Candidate]:
+        """The models as the planner sees them: costs and activations, as measured."""
+        return dict(self._candidates)
+
+    @property
+    def quotas(self) -> Mapping[str, int]:
+        """Bytes for weights that each model has now, what was lent included."""
+        return {} if self._shares is None else self._shares.quotas
+
+    def report(self) -> FleetReport:
+        """What was measured so far, beside what was predicted for as many requests of each model."""
+        return make_report(self.plan, self._workers, peak_resident_bytes())
+
+    def close(self) -> None:
+        """End all: requests under way are answered, those that wait are cancelled. Idempotent."""
+        with self._changing:
+            self._closed = True
+            if self._shares is not None:
+                self._shares.close()
+            if self._turns is not None:
+                self._turns.close()
+            for worker in self._workers.values():
+                worker.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ how
+
+    def _check_new(self, name: str, importance: float, deadline_seconds: float | None) -> None:
+        if self._closed:
+            raise InputError("the fleet is closed; make a new one")
+        if name in self._candidates:
+            raise InputError(f"there is a model {name!r} already; give the other one another name")
+        if not importance > 0 or not (deadline_seconds is None or deadline_seconds > 0):
+            raise InputError(f"{name}: importance {importance} and deadline {deadline_seconds} must be above 0")
+
+    def _running(self) -> tuple[Turns, DiskTurns, Shares]:
+        if self._turns is None or self._disk is None or self._shares is None:
+            raise InputError("the fleet has not started; call start() first")
+        return self._turns, self._disk, self._shares
+
+    def _make_room(self, prepared: Prepared) -> None:
+        """For measuring a model beside those that run: its smallest window twice, pinned weights and activations."""
+        slots = [sum(load.slot_bytes for load in block.loads) for block in _leaves(prepared)]
+        pinned = sum(load.slot_bytes for load in _factory(prepared).pinned(prepared.partition.pinned).loads)
+        activations = prepared.trace.peak_bytes if prepared.trace is not None else UNTRACED_HEAP_BYTES
+        turns, _, shares = self._running()
+        try:
+            shares.make_room(4 * max(slots, default=0) + pinned + activations)
+        except BudgetError:  # not beside the others: they wait while it is measured
+            turns.drain()
+            for worker in self._workers.values():
+                worker.pause()
+            shares.settle(self.plan.floor_bytes, self.plan.heap_bytes)
+
+    def _settle(self) -> None:
+        """Plan for the models there are, and let each run with its part. Requests wait meanwhile."""
+        limit_bytes = memory_limit(self.budget_bytes)
+        plan = plan_fleet(
+            self._candidates,
+            budget_bytes=self.budget_bytes,
+            limit_bytes=limit_bytes,
+            margin_bytes=MARGIN_BYTES,
+            floor_bytes=self._floor_bytes,
+            slack_bytes=HEAP_SLACK_BYTES,
+            policy=self._policy,
+            max_active=self._max_active,
+        )
+        if self._turns is None:
+            self._turns = Turns(plan.policy, max_active=plan.max_active)
+            self._disk = DiskTurns(plan.num_reads)
+            self._shares = Shares(limit_bytes, MARGIN_BYTES, self._turns, elastic=self._elastic)
+        turns, disk, shares = self._running()
+        turns.drain()
+        shares.settle(plan.floor_bytes, plan.heap_bytes)
+        for worker in self._workers.values():  # all give back before any takes: no byte is promised twice
+            worker.pause()
+        for name in plan.plans:
+            quota = shares.grant(name, plan.quotas[name])
+            if name not in self._workers:
+                self._workers[name] = Worker(name, self._prepared[name], turns)
+                turns.join(name, plan.members[name].patience_seconds)
+            self._workers[name].start(plan.plans[name], quota, disk)
+        self._plan = plan
+        shares.watch(self._workers, plan.needs)
+        turns.resume(plan.policy, plan.max_active)
+
+
+def _forward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], object]:
+    return lambda module: module(*args, **kwargs)
+
+
+def _candidate(
+    prepared: Prepared, call: Callable[[Any], object], importance: float, deadline_seconds: float | None
+) -> Candidate:
+    known = prepared.known
+    if known is None:  # on a thread of its own, as it will run: kernels' threads belong to it, and cost what they cost
+        with ThreadPoolExecutor(1, thread_name_prefix="hermes-fleet-measure") as pool:
+            known = pool.submit(measure_calls, prepared, call).result()
+    problem = prepared.problem(known, _factory(prepared), floor_bytes=0)
+    return Candidate(
+        problem=replace(problem, heap_bytes=0),
+        activation_bytes=problem.heap_bytes - HEAP_SLACK_BYTES,
+        importance=importance,
+        deadline_seconds=deadline_seconds,
+    )
+
+
+def _factory(prepared: Prepared) -> LoadFactory:
+    with prepared.reader() as reader:
+        return prepared.factory(reader.alignment, PIECE_BYTES)
+
+
+def _leaves(prepared: Prepared) -> list[Block]:
+    return prepared.blocks(_factory(prepared), "leaf")[0]

@@ -1,0 +1,154 @@
+"""The one ledger of a fleet: quotas under it, bytes lent by idle models to busy ones, and an eye on real memory."""
+
+import threading
+from collections.abc import Mapping
+
+from hermes.engine.daemon import WATCH_SECONDS, MemorySample, WorkingSet, bytes_to_give_back
+from hermes.errors import HermesError
+from hermes.fleet.quota import Need, lend
+from hermes.fleet.turns import Turns
+from hermes.fleet.worker import Worker
+from hermes.memory.allocator import trim_heap
+from hermes.memory.ledger import Ledger
+
+__all__ = ["Shares"]
+
+ROOM_SECONDS = 5.0
+"""Longer than a request holds on to a block."""
+IDLE_SECONDS = 1.0
+"""Without a request for so long, a model lends its bytes: shorter pauses would have it read them again and again."""
+
+
+class Shares:
+    """Every model's quota is an account of the fleet's ledger, and the budget of the model's own ledger.
+
+    **Guarantee.** An account grows before the model's budget does, and shrinks after it has: quotas, floor, heap and
+    margin never sum to more than the limit, and no model reserves more than its quota.
+    """
+
+    def __init__(self, limit_bytes: int, margin_bytes: int, turns: Turns, *, elastic: bool) -> None:
+        self.ledger = Ledger(limit_bytes)
+        self._watched_bytes = limit_bytes - margin_bytes // 2
+        self._margin_bytes = margin_bytes
+        self._turns = turns
+        self._elastic = elastic
+        self._base: dict[str, int] = {}
+        self._needs: Mapping[str, Need] = {}
+        self._workers: dict[str, Worker] = {}
+        self._busy_at: dict[str, float] = {}
+        self._working_set = WorkingSet()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._daemon = threading.Thread(target=self._watch, name="hermes-fleet-daemon", daemon=True)
+        self._daemon.start()
+
+    @property
+    def quotas(self) -> dict[str, int]:
+        """Bytes for weights, by model, as they are now."""
+        return {name: self.ledger.accounts.get(_account(name), 0) for name in self._base}
+
+    def settle(self, floor_bytes: int, heap_bytes: int) -> None:
+        """Forget all quotas, and begin anew beside this floor and heap. Raises BudgetError."""
+        with self._lock:
+            self._workers = {}
+            for account in list(self.ledger.accounts):
+                self.ledger.reserve(account, 0)
+            self._base = {}
+            for account, nbytes in (("floor", floor_bytes), ("heap", heap_bytes), ("margin", self._margin_bytes)):
+                self.ledger.reserve(account, nbytes)
+
+    def grant(self, name: str, quota_bytes: int) -> Ledger:
+        """A model's own ledger. Raises BudgetError where the fleet's has no room."""
+        with self._lock:
+            self.ledger.reserve(_account(name), quota_bytes)
+            self._base[name] = quota_bytes
+            return Ledger(quota_bytes)
+
+    def make_room(self, nbytes: int) -> None:
+        """Take so many bytes from the quotas until `settle`, for measuring a model that comes; the models run on.
+
+        Blocking until blocks under way have let go of theirs. Raises BudgetError where there is no such room.
+        """
+        with self._lock:
+            for name in sorted(self._base, key=lambda name: self._needs[name].least_bytes - self._base[name]):
+                missing = nbytes - self.ledger.budget_bytes + self._settled_bytes()
+                spare = self._base[name] - self._needs[name].least_bytes
+                self._base[name] -= max(0, min(spare, missing))
+            until = self._turns.clock() + ROOM_SECONDS
+            while self.ledger.free_bytes < nbytes and self._turns.clock() < until:
+                for name in self._base:
+                    self._resize(name, min(self._base[name], self.ledger.accounts[_account(name)]))
+                self._closed.wait(WATCH_SECONDS)
+            self.ledger.reserve("measuring", nbytes)
+
+    def _settled_bytes(self) -> int:
+        """What is reserved once every model has its quota, no more."""
+        lent = sum(self.ledger.accounts[_account(name)] - nbytes for name, nbytes in self._base.items())
+        return self.ledger.reserved_bytes - lent
+
+    def watch(self, workers: Mapping[str, Worker], needs: Mapping[str, Need]) -> None:
+        """From now on these run with what was granted."""
+        with self._lock:
+            self._workers, self._needs = dict(workers), needs
+            self._busy_at = dict.fromkeys(workers, self._turns.clock())
+
+    def close(self) -> None:
+        """End the watch. Idempotent."""
+        self._closed.set()
+        self._daemon.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(WATCH_SECONDS):
+            with self._lock:
+                if self._workers:
+                    self._relieve()
+                    if self._elastic:
+                        self._lend()
+
+    def _lend(self) -> None:
+        now = self._turns.clock()
+        for name, worker in self._workers.items():
+            if worker.failure is None and self._turns.backlog(name):
+                self._busy_at[name] = now
+        busy = [name for name, at in self._busy_at.items() if now - at < IDLE_SECONDS]
+        targets = lend(self._base, self._needs, busy)
+        for name in sorted(targets, key=lambda name: targets[name] - self.ledger.accounts[_account(name)]):
+            self._resize(name, targets[name])
+
+    def _resize(self, name: str, nbytes: int) -> None:
+        account, worker = _account(name), self._workers[name]
+        granted = self.ledger.accounts[account]
+        nbytes = min(nbytes, granted + self.ledger.free_bytes)
+        if nbytes == granted:
+            return
+        session = worker.session
+        if session is None:  # it has failed: nothing of its quota is in use
+            self.ledger.reserve(account, min(granted, nbytes))
+            return
+        self.ledger.reserve(account, max(granted, nbytes))
+        try:
+            self.ledger.reserve(account, session.engine.resize(nbytes))
+        except HermesError:  # it fails just now, and its own thread will say so
+            self.ledger.reserve(account, granted)
+
+    def _relieve(self) -> None:
+        """Where the process outgrows its budget, the model that keeps most for its importance gives bytes back."""
+        needed = self._working_set()
+        if needed > self._watched_bytes and trim_heap():
+            needed = self._working_set()
+        excess = bytes_to_give_back(MemorySample(needed_bytes=needed, limit_bytes=self._watched_bytes))
+        if not excess:
+            return
+        spare = {
+            name: self.ledger.accounts[_account(name)] - self._needs[name].least_bytes
+            for name, worker in self._workers.items()
+            if worker.session is not None
+        }
+        name = max(spare, key=lambda name: spare[name], default=None)
+        if name is not None and spare[name] > 0:
+            self._base[name] = max(self._needs[name].least_bytes, self._base[name] - excess)
+            self._resize(name, max(self._needs[name].least_bytes, self.ledger.accounts[_account(name)] - excess))
+
+
+def _account(name: str) -> str:
+    return f"model {name}"

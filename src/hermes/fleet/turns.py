@@ -1,0 +1,149 @@
+"""The schedule's threads: where each model's own waits for its turn, and what a model pulls its blocks through."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+
+from hermes.engine import Engine
+from hermes.fleet.schedule import Arrived, Changed, Event, Finished, Go, Joined, Left, Policy, Reached, Ready, Schedule
+from hermes.memory.arena import Arena
+from hermes.pipeload import Load, Place
+
+__all__ = ["TurnSource", "Turns"]
+
+
+class Turns:
+    """`Schedule` under a lock. Each method is one event; `take` blocks until it is that model's turn.
+
+    The lock is held for microseconds, never over a read or a computation.
+    """
+
+    def __init__(self, policy: Policy, *, max_active: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self._schedule = Schedule(policy, max_active=max_active)
+        self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
+        self._turns: dict[str, threading.Semaphore] = {}
+        self._closed = False
+
+    def join(self, model: str, patience_seconds: float) -> None:
+        """A model has come. Raises InputError if its name is taken."""
+        self._tell(Joined(model, patience_seconds))
+
+    def leave(self, model: str) -> None:
+        """An idle model has gone, with the requests that were announced for it."""
+        self._tell(Left(model))
+
+    def announce(self, model: str, deadline_seconds: float | None) -> None:
+        """A request has arrived, due so many seconds from now."""
+        now = self.clock()
+        self._tell(Arrived(model, now, None if deadline_seconds is None else now + deadline_seconds))
+
+    def reached(self, model: str, *, ready: bool) -> None:
+        """Give the turn up, at a block boundary."""
+        self._tell(Reached(model, ready))
+
+    def ready(self, model: str) -> None:
+        """The block that was waited for is there; `take` follows."""
+        self._tell(Ready(model))
+
+    def finished(self, model: str) -> None:
+        """Give the turn up: the request is answered."""
+        self._tell(Finished(model))
+
+    def take(self, model: str) -> None:
+        """Wait for the turn. Raises CancelledError once closed."""
+        semaphore = self._semaphore(model)
+        semaphore.acquire()
+        if self._closed:
+            semaphore.release()  # for the next who comes
+            raise CancelledError(f"{model}: the fleet was closed")
+
+    def urgency(self, model: str) -> float:
+        """As in `Schedule`; without the lock, for whoever may be a moment late."""
+        return self._schedule.urgency(model)
+
+    def backlog(self, model: str) -> int:
+        """Requests that wait or are under way."""
+        with self._lock:
+            return self._schedule.backlog(model)
+
+    def drain(self) -> None:
+        """Begin no request any more, and wait until those under way are answered; `resume` goes on."""
+        self._tell(Changed(self._schedule.policy, 0))
+        with self._lock:
+            while self._schedule.active and not self._closed:
+                self._ended.wait()
+
+    def resume(self, policy: Policy, max_active: int) -> None:
+        """Begin what waits, in this way."""
+        self._tell(Changed(policy, max_active))
+
+    def close(self) -> None:
+        """Let every `take`, under way or to come, raise."""
+        with self._lock:
+            self._closed = True
+            self._ended.notify_all()
+            for semaphore in self._turns.values():
+                semaphore.release()
+
+    def _semaphore(self, model: str) -> threading.Semaphore:
+        with self._lock:
+            return self._turns.setdefault(model, threading.Semaphore(int(self._closed)))
+
+    def _tell(self, event: Event) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            orders = self._schedule.on(event)
+            self._ended.notify_all()
+            for order in orders:
+                if isinstance(order, Go):
+                    self._turns.setdefault(order.model, threading.Semaphore(0)).release()
+
+
+class TurnSource:
+    """An engine as its model sees it in a fleet: at each block boundary others may come first.
+
+    The turn is given up while a block is on its way, so that one model's disk hides behind another's computation.
+    """
+
+    def __init__(self, engine: Engine, turns: Turns, model: str) -> None:
+        self._engine, self._turns, self._model = engine, turns, model
+        self.ring: Arena = engine.ring
+        self.store: Arena = engine.store
+
+    def start(self) -> list[Place]:
+        """As the engine's."""
+        return self._engine.start()
+
+    def want(self, block: int) -> tuple[Place, ...]:
+        """As the engine's; returns when the block is there and it is this model's turn."""
+        self._engine.release()
+        if self._engine.is_there(block):
+            self._turns.reached(self._model, ready=True)
+            self._turns.take(self._model)
+            return self._engine.want(block)
+        self._turns.reached(self._model, ready=False)
+        try:
+            return self._engine.want(block)
+        finally:  # after an error too: the turn is given up where the request ends
+            self._turns.ready(self._model)
+            self._turns.take(self._model)
+
+    def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
+        """As the engine's, within the turn: single rows, which take a moment."""
+        self._engine.fetch(loads)
+
+    def take(self, nbytes: int) -> Arena:
+        """As the engine's."""
+        return self._engine.take(nbytes)
+
+    def begin_pass(self, heap_bytes: int = 0) -> None:
+        """As the engine's."""
+        self._engine.begin_pass(heap_bytes)
+
+    def end_pass(self) -> None:
+        """As the engine's."""
+        self._engine.end_pass()

@@ -1,0 +1,135 @@
+"""A model of a fleet with its thread: takes requests one after the other, waits for its turn, computes, answers."""
+
+import queue
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hermes.errors import EngineError, HermesError
+from hermes.fleet.disk import DiskTurns, PacedReader
+from hermes.fleet.turns import Turns, TurnSource
+from hermes.memory.ledger import Ledger
+from hermes.plan import Plan
+from hermes.session import Prepared, Session, start_session
+
+__all__ = ["Answered", "Worker"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answered:
+    """One request: when it came, began and ended, on the fleet's clock, and whether it failed or came too late."""
+
+    arrived_seconds: float
+    began_seconds: float
+    ended_seconds: float
+    failed: bool = False
+    late: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    call: Callable[[Any], Any]
+    future: "Future[Any]"
+    arrived_seconds: float
+    deadline_seconds: float | None
+
+
+class Worker:
+    """Runs one model. `submit` from any thread; `start` and `pause` while no request is under way (`Turns.drain`).
+
+    What a request raises goes to its future, and the model goes on. Where its engine has failed (a file that cannot be
+    read), its memory is given back, `failure` says why, and every further request gets that error.
+    """
+
+    def __init__(self, name: str, prepared: Prepared, turns: Turns) -> None:
+        self.name = name
+        self.prepared = prepared
+        self.answered: list[Answered] = []
+        self.failure: BaseException | None = None
+        self.session: Session | None = None
+        self._turns = turns
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"hermes-fleet-{name}", daemon=True)
+        self._thread.start()
+
+    def start(self, plan: Plan, quota: Ledger, disk: DiskTurns) -> None:
+        """Begin to run with this plan; blocking until small weights are read. Where they cannot be, it has failed."""
+        self.pause()
+        if self.failure is None:
+            try:
+                self._start(plan, quota, disk)
+            except HermesError as error:
+                self.failure = error
+
+    def _start(self, plan: Plan, quota: Ledger, disk: DiskTurns) -> None:
+        reader = PacedReader(self.prepared.reader(), disk, lambda: self._turns.urgency(self.name))
+        self.session = start_session(
+            self.prepared, plan, reader, quota=quota, source=lambda engine: TurnSource(engine, self._turns, self.name)
+        )
+
+    def submit(self, call: Callable[[Any], Any], deadline_seconds: float | None) -> "Future[Any]":
+        """`call(module)` on this model's thread when its turn comes; never blocks."""
+        job = _Job(call=call, future=Future(), arrived_seconds=self._turns.clock(), deadline_seconds=deadline_seconds)
+        self._turns.announce(self.name, deadline_seconds)
+        self._jobs.put(job)
+        return job.future
+
+    def pause(self) -> None:
+        """Give all memory for weights back; `start` goes on."""
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+    def stop(self) -> None:
+        """Answer what was submitted, then end thread and session. Idempotent."""
+        self._jobs.put(None)
+        self._thread.join()
+        self.pause()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._answer(job)
+
+    def _answer(self, job: _Job) -> None:
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            self._turns.take(self.name)
+        except CancelledError as cancelled:
+            job.future.set_exception(cancelled)
+            return
+        began = self._turns.clock()
+        try:
+            if self.failure is not None:
+                raise self.failure
+            if self.session is None:
+                raise EngineError(f"{self.name} is not running; start the fleet")
+            with torch.no_grad():
+                result = job.call(self.prepared.module)
+        except BaseException as raised:
+            error = raised
+            traceback.clear_frames(raised.__traceback__)  # whose locals may be views of weights
+            if isinstance(raised, EngineError | OSError) and self.failure is None:
+                self.failure = raised if isinstance(raised, HermesError) else EngineError(f"{self.name}: {raised}")
+                self.pause()
+        now = self._turns.clock()
+        due = None if job.deadline_seconds is None else job.arrived_seconds + job.deadline_seconds
+        self.answered.append(
+            Answered(
+                arrived_seconds=job.arrived_seconds,
+                began_seconds=began,
+                ended_seconds=now,
+                failed=error is not None,
+                late=due is not None and now > due,
+            )
+        )
+        self._turns.finished(self.name)
+        if error is not None:
+            job.future.set_exception(error)
+        else:
+            job.future.set_result(result)

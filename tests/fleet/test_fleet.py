@@ -1,0 +1,165 @@
+"""Real fleets of small models: each output as alone, one budget, hot add and remove, and failures that stay at home."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import hermes
+from hermes.memory.probe import resident_bytes
+
+MIB = 2**20
+
+
+class Net(nn.Module):
+    """A convolution, a few large matrices, a shortcut; `broken` inputs raise in the middle."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.head = nn.Linear(width, 10)
+        self.width = width
+
+    def forward(self, x: torch.Tensor, *, broken: bool = False) -> torch.Tensor:
+        x = self.conv(x).flatten(1)[:, : self.width]
+        for number, layer in enumerate(self.layers):
+            if broken and number == 1:
+                raise ValueError("broken input")
+            x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+
+SHAPES = {"small": (512, 4), "large": (1024, 5), "other": (768, 3)}
+PIXELS = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory):
+    """Resident modules and their files."""
+    made = {}
+    for name, shape in SHAPES.items():
+        torch.manual_seed(len(name))
+        net = Net(*shape).eval()
+        path = tmp_path_factory.mktemp("nets") / f"{name}.safetensors"
+        save_file(net.state_dict(), path)
+        made[name] = (net, path)
+    return made
+
+
+def skeleton(name):
+    with torch.device("meta"):
+        return Net(*SHAPES[name])
+
+
+def fleet_of(nets, names, *, spare_bytes, **options):
+    fleet = hermes.Fleet(budget="1GiB", **options)
+    for name in names:
+        fleet.add(name, skeleton(name), nets[name][1], example_args=(PIXELS,))
+    fleet.budget_bytes = resident_bytes() + 64 * MIB + spare_bytes  # margin, slack and activations; and for weights
+    return fleet
+
+
+def expected(nets, name, pixels):
+    with torch.no_grad():
+        return nets[name][0](pixels)
+
+
+@pytest.mark.parametrize("policy", ["round-robin", "deadline"])
+def test_outputs_are_those_of_each_alone_and_failures_stay_at_home(nets, tmp_path, policy):
+    inputs = [PIXELS * scale for scale in (1, 2, -1, 0.5)]
+    with fleet_of(nets, ["small", "large"], spare_bytes=24 * MIB, policy=policy) as fleet:
+        fleet.start()
+        shares = fleet._shares
+        overdrawn = []
+
+        def watch(done):
+            while not done.wait(0.002):
+                accounts = dict(shares.ledger.accounts)
+                if sum(accounts.values()) > shares.ledger.budget_bytes:
+                    overdrawn.append(accounts)
+                for name, worker in fleet._workers.items():
+                    if worker.session is not None:
+                        ledger = worker.session.ledger
+                        if ledger.reserved_bytes > ledger.budget_bytes:
+                            overdrawn.append((name, dict(ledger.accounts)))
+
+        done = threading.Event()
+        watcher = threading.Thread(target=watch, args=(done,))
+        watcher.start()
+        futures = [(name, x, fleet.submit(name, x)) for x in inputs * 3 for name in ("small", "large")]
+        broken = fleet.submit("small", PIXELS, broken=True)
+        after = fleet.submit("small", PIXELS)
+        for name, x, future in futures:
+            assert torch.equal(future.result(60), expected(nets, name, x))
+        with pytest.raises(ValueError, match="broken input"):
+            broken.result(60)
+        assert torch.equal(after.result(60), expected(nets, "small", PIXELS))
+
+        # Hot add, of a model whose file is damaged while it runs; the others go on.
+        damaged = tmp_path / "other.safetensors"
+        damaged.write_bytes(nets["other"][1].read_bytes())
+        background = [fleet.submit("large", PIXELS) for _ in range(10)]
+        fleet.add("other", skeleton("other"), damaged, example_args=(PIXELS,), importance=2.0)
+        assert torch.equal(fleet.submit("other", PIXELS).result(60), expected(nets, "other", PIXELS))
+        os.truncate(damaged, 5000)
+        with pytest.raises(hermes.HermesError, match=r"other\.safetensors"):
+            fleet.submit("other", PIXELS).result(60)
+        with pytest.raises(hermes.HermesError, match=r"other\.safetensors"):
+            fleet.submit("other", PIXELS).result(60)
+        assert all(torch.equal(f.result(60), expected(nets, "large", PIXELS)) for f in background)
+        assert torch.equal(fleet.submit("large", PIXELS).result(60), expected(nets, "large", PIXELS))
+
+        fleet.remove("other")
+        fleet.remove("small")
+        with pytest.raises(hermes.InputError, match="small"):
+            fleet.submit("small", PIXELS)
+        assert torch.equal(fleet.submit("large", PIXELS).result(60), expected(nets, "large", PIXELS))
+        done.set()
+        watcher.join()
+        assert not overdrawn
+        report = fleet.report()
+        assert report.models["large"].failed == 0
+        assert report.models["large"].requests == 24
+        assert report.predicted_seconds[report.policy] > 0
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("hermes")]
+
+
+def test_idle_bytes_are_lent_and_come_back(nets):
+    with fleet_of(nets, ["small", "large"], spare_bytes=16 * MIB) as fleet:
+        base = dict(fleet.start().quotas)
+        deadline = time.monotonic() + 20
+        while fleet.quotas["large"] <= base["large"]:  # only `large` has requests: `small` lends
+            assert time.monotonic() < deadline
+            assert torch.equal(fleet.submit("large", PIXELS).result(60), expected(nets, "large", PIXELS))
+        assert fleet.quotas["small"] < base["small"]
+        assert sum(fleet.quotas.values()) <= sum(base.values())
+        while fleet.quotas["small"] < base["small"]:
+            assert time.monotonic() < deadline
+            for name in ("small", "large"):
+                assert torch.equal(fleet.submit(name, PIXELS).result(60), expected(nets, name, PIXELS))
+        assert fleet._shares.ledger.free_bytes >= 0
+
+
+def test_what_cannot_be_is_refused(nets):
+    fleet = hermes.Fleet(budget=resident_bytes() + 20 * MIB)
+    with pytest.raises(hermes.InputError, match="no models"):
+        fleet.start()
+    with pytest.raises(hermes.InputError, match="example_args"):
+        fleet.add("small", skeleton("small"), nets["small"][1])
+    with pytest.raises(hermes.InputError, match="importance"):
+        fleet.add("small", skeleton("small"), nets["small"][1], example_args=(PIXELS,), importance=0)
+    fleet.add("small", skeleton("small"), nets["small"][1], example_args=(PIXELS,))
+    with pytest.raises(hermes.InputError, match="already"):
+        fleet.add("small", skeleton("small"), nets["small"][1], example_args=(PIXELS,))
+    with pytest.raises(hermes.BudgetError, match="try --budget"):
+        fleet.start()
+    fleet.close()
+    with pytest.raises(hermes.InputError, match="closed"):
+        fleet.submit("small", PIXELS)
+    with pytest.raises(hermes.InputError, match="round-robin"):
+        hermes.Fleet(budget="1GiB", policy="fifo")
