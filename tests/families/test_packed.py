@@ -1,5 +1,6 @@
 """Law 3 for packed checkpoints: they stream, and are resident, to the same bits as what was packed."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 import transformers as hf
 
 import hermes
+from hermes.api import settle_plan
 from hermes.checkpoint import open_checkpoint
 from hermes.checkpoint.pack import pack
 from hermes.memory.probe import resident_bytes
 from hermes.model.resident import load_packed
 from hermes.model.trace import tensors_in
+from hermes.session import Workload, prepare_model, start_session
 
 IDS = torch.tensor([[5, 9, 17, 33, 2, 8, 101, 77]])
 TEXT = {"vocab_size": 9000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -72,6 +75,32 @@ def test_streamed_packed_is_resident(pair: Any) -> None:
                     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
                 sizes[path] = model.hermes.plan.pass_bytes  # without looked-up rows, which cost whole chunks
         assert sizes[packed] < sizes[plain]
+
+
+def test_kept_packed_is_resident(pair: Any) -> None:
+    """Weights that stay as they lie on disk are read once, unpacked to the same bits, and given back when asked."""
+    family, stored, plain, packed = pair
+    computed = torch.float32 if stored is torch.float16 else stored
+    budget = resident_bytes() + 600 * 2**20
+    prepared = prepare_model(packed, workload=Workload(sequence_length=8), auto_class=family, dtype=computed)
+    reader = prepared.reader()
+    plan, _ = settle_plan(prepared, reader, budget, resident_bytes=0)
+    blocks, _ = prepared.blocks(prepared.factory(reader.alignment, plan.piece_bytes), plan.granularity)
+    every = tuple(frozenset(n for n, load in enumerate(block.loads) if load.unpacked_bytes) for block in blocks)
+    with torch.no_grad(), start_session(prepared, replace(plan, packed=every), reader) as session:
+        expected = bits(family.from_pretrained(plain, dtype=computed)(input_ids=IDS))
+        read = []
+        for number in range(4):
+            got = bits(prepared.module(input_ids=IDS))
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+            read.append(session.stats.pass_bytes[-1])
+            if number == 1:
+                shelved = session.ledger.accounts["packed"]
+                session.engine.resize(session.ledger.reserved_bytes - shelved // 2)
+        assert read[1] < read[0] / 2
+        assert read[3] > read[1]
+        assert 0 < session.ledger.accounts["packed"] <= shelved // 2
+        assert session.stats.evicted_bytes >= shelved // 2
 
 
 def test_resident_packed_is_resident(pair: Any) -> None:

@@ -20,13 +20,15 @@ def problems(draw):
     size = st.one_of(st.integers(1, 5000), st.integers(1, 40).map(lambda n: n * MIB // 8), st.just(4096))
     loads = draw(st.lists(st.lists(size, min_size=1, max_size=3), min_size=1, max_size=8))
     seconds = st.floats(0, 0.1)
+    packed = draw(st.booleans())
     units = [
         UnitCost(
             name=f"u{number}",
             slot_bytes=tuple(sizes),
-            read_bytes=tuple(sizes),
+            read_bytes=tuple(n * 7 // 10 + 1 if packed else n for n in sizes),
             first_seconds=draw(seconds),
             next_seconds=draw(seconds),
+            unpack_seconds=tuple(draw(st.sampled_from([0.0, n * 1e-10])) for n in sizes) if packed else (),
         )
         for number, sizes in enumerate(loads)
     ]
@@ -72,10 +74,17 @@ def check(problem, plan, limit):
     ]
     assert plan.ring_bytes >= smallest_ring(streamed)
     assert plan.resident_bytes == sum(map(sum, slots)) - sum(map(sum, streamed))
+    reads = [[n for unit in block for n in problem.units[unit].read_bytes] for block in blocks]
+    packed = plan.packed or [frozenset()] * len(blocks)
+    assert plan.packed_bytes == sum(loads[load] for loads, kept in zip(reads, packed, strict=True) for load in kept)
+    assert not any(one & other for one, other in zip(packed, plan.resident, strict=True))
     fixed = problem.floor_bytes + problem.heap_bytes + problem.pinned_bytes + plan.num_agents * problem.buffer_bytes
-    assert fixed + plan.ring_bytes + plan.resident_bytes <= limit - MARGIN  # what the ledger will be asked for
-    in_pass = [block for block in blocks if block[0] < problem.num_in_pass]
-    assert plan.pass_bytes == sum(map(sum, streamed[: len(in_pass)]))
+    kept_bytes = plan.resident_bytes + plan.packed_bytes
+    assert fixed + plan.ring_bytes + kept_bytes <= limit - MARGIN  # what the ledger will be asked for
+    in_pass = [number for number, block in enumerate(blocks) if block[0] < problem.num_in_pass]
+    assert plan.pass_bytes == sum(
+        n for b in in_pass for load, n in enumerate(reads[b]) if load not in plan.resident[b] | packed[b]
+    )
     assert plan.bound in ("disk", "compute")
     assert 0 <= plan.first_pass_seconds <= plan.total_seconds * (1 + 1e-9)
 

@@ -119,7 +119,7 @@ def plan(
 
 def plan_document(plan: "Plan") -> dict[str, Any]:
     """A plan for JSON: its fields, but how many blocks there are instead of which loads of each stay."""
-    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "resident"}
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("resident", "packed")}
     return {**fields, "num_blocks": len(plan.resident)}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from hermes.checkpoint.readers import Reader
+from hermes.engine.shelf import Shelved
 from hermes.errors import EngineError, HermesError, ReadError
 from hermes.memory.arena import Arena
 from hermes.pipeload.loads import Load, Piece
@@ -23,12 +24,14 @@ class Ticket:
         slot: the memory it fills.
         on_done: called once, by the agent that finished the last piece, outside every lock.
         is_abandoned: asked before each read; a ticket nobody needs any more is done without reading.
+        shelved: where its packed pieces stay, and come from when they are there.
     """
 
     load: Load
     slot: memoryview
     on_done: Callable[["Ticket"], None]
     is_abandoned: Callable[[], bool] = field(default=lambda: False)
+    shelved: Shelved | None = None
     left: int = 0
 
 
@@ -46,7 +49,7 @@ class LoadingAgents:
         num_agents: int,
         buffer_bytes: int,
         on_error: Callable[[BaseException], None],
-        on_read: Callable[[str, Ticket, Piece, float, float], None] | None,
+        on_read: Callable[[str, Ticket, int, float, float], None] | None,
         clock: Callable[[], float],
     ) -> None:
         self._reader = reader
@@ -111,9 +114,9 @@ class LoadingAgents:
                 ticket, piece = item
                 if piece is not None and not ticket.is_abandoned():
                     start = self._clock()
-                    self._read(ticket, piece, buffer)
+                    nbytes = self._read(ticket, piece, buffer)
                     if self._on_read is not None:
-                        self._on_read(name, ticket, piece, start, self._clock())
+                        self._on_read(name, ticket, nbytes, start, self._clock())
                 with self._work:
                     ticket.left -= 1
                     done = ticket.left == 0
@@ -125,19 +128,28 @@ class LoadingAgents:
             self._stop()
             self._on_error(error)
 
-    def _read(self, ticket: Ticket, piece: Piece, buffer: memoryview) -> None:
+    def _read(self, ticket: Ticket, piece: Piece, buffer: memoryview) -> int:
+        """Put a piece into place; the bytes that came from disk for it."""
         try:
             if not piece.bounced:
                 target = ticket.slot[piece.target : piece.target + piece.length]
                 self._reader.read_into(piece.file, piece.offset, target, piece.required)
-                return
-            self._reader.read_into(piece.file, piece.offset, buffer[: piece.length], piece.required)
+                return piece.length
+            nbytes, shelved = piece.length, ticket.shelved
+            if shelved is not None:
+                buffer = shelved.memory[piece.stored : piece.stored + piece.length]
+                nbytes = 0 if piece.stored in shelved.there else piece.length
+            if nbytes:
+                self._reader.read_into(piece.file, piece.offset, buffer[: piece.length], piece.required)
+            if shelved is not None:
+                shelved.there.add(piece.stored)
             source = buffer[piece.skip : piece.skip + piece.nbytes]
             target = ticket.slot[piece.target : piece.target + piece.target_bytes]
             if piece.codec is None:
                 target[:] = source
             else:
                 piece.codec(source, target)
+            return nbytes
         except ReadError as error:
             raise ReadError(f"{ticket.load.name}: {error}") from error
         except HermesError:

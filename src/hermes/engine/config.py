@@ -13,6 +13,7 @@ class EngineConfig:
     Attributes:
         ring_bytes: the window.
         resident: for each block, its loads that stay in memory.
+        packed: for each block, its loads that stay packed; none where this is empty.
         num_agents: Loading Agents.
         buffer_bytes: of each agent, for loads that cannot be read straight into place; 0 if there are none.
         ahead: False is the sequential engine.
@@ -26,6 +27,7 @@ class EngineConfig:
     ring_bytes: int
     resident: Sequence[Set[int]]
     num_agents: int
+    packed: Sequence[Set[int]] = ()
     buffer_bytes: int = 0
     ahead: bool = True
     blocks_in_pass: int | None = None

@@ -24,6 +24,7 @@ from hermes.engine.daemon import (
     too_large_a_pass,
 )
 from hermes.engine.residents import Residents
+from hermes.engine.shelf import Shelf
 from hermes.engine.stats import EngineStats, Span
 from hermes.errors import EngineError, HermesError
 from hermes.memory.allocator import trim_heap
@@ -43,7 +44,6 @@ from hermes.pipeload import (
     LoadFetched,
     LoadKept,
     Order,
-    Piece,
     Pipeline,
     Place,
 )
@@ -83,6 +83,7 @@ class Engine:
         ledger.reserve("window", config.ring_bytes)
         ledger.reserve("buffers", config.buffer_bytes * config.num_agents)
         self._residents = Residents(blocks, config.resident, pinned, ledger, elastic=config.elastic)
+        self._shelf = Shelf(blocks, config.packed, ledger)
         self.store = self._residents.store
         self.ring = Arena(config.ring_bytes)
         self._pipeline = Pipeline(
@@ -287,6 +288,7 @@ class Engine:
             self._daemon.join()
         self.ring.close()
         self.store.close()
+        self._shelf.close()
         self._reader.close()
 
     def _release(self, now: float) -> None:
@@ -324,9 +326,12 @@ class Engine:
 
     def _ticket(self, order: Fetch) -> Ticket:
         load = self._blocks[order.block][order.load]
+        shelved = None if order.offset is None else self._shelf.take(order.block, order.load)
 
         def fetched(_: Ticket) -> None:
             with self._lock:
+                if shelved is not None:
+                    self._shelf.put_back(shelved)
                 self._carry_out(self._pipeline.on(LoadFetched(order.visit)))
 
         def is_abandoned() -> bool:
@@ -339,13 +344,13 @@ class Engine:
             else (self.ring, order.offset)
         )
         slot = arena.view[offset : offset + load.slot_bytes]
-        return Ticket(load=load, slot=slot, on_done=fetched, is_abandoned=is_abandoned)
+        return Ticket(load=load, slot=slot, on_done=fetched, is_abandoned=is_abandoned, shelved=shelved)
 
-    def _count_read(self, agent: str, ticket: Ticket, piece: Piece, start: float, end: float) -> None:
+    def _count_read(self, agent: str, ticket: Ticket, nbytes: int, start: float, end: float) -> None:
         with self._lock:
-            self.stats.bytes_read += piece.length
+            self.stats.bytes_read += nbytes
             if self._config.record:
-                self.stats.spans.append(Span(agent, ticket.load.name, start, end, piece.length))
+                self.stats.spans.append(Span(agent, ticket.load.name, start, end, nbytes))
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -404,12 +409,17 @@ class Engine:
         def give_back(block: int, load: int) -> None:
             self._carry_out(self._pipeline.on(LoadEvicted(block, load)))
 
-        return self._residents.evict(nbytes, self._pipeline, give_back, at_once=at_once)
+        freed = self._shelf.evict(nbytes)
+        self._count_evicted()
+        return freed + self._residents.evict(nbytes - freed, self._pipeline, give_back, at_once=at_once)
 
     def _keep(self, block: int, load: int) -> None:
         self._carry_out(self._pipeline.on(LoadKept(block, load)))
 
     def _discard(self, order: Discard) -> None:
         self._residents.discard(order.block, order.load)
-        self.stats.evicted_bytes = self._residents.evicted_bytes
+        self._count_evicted()
         self._grow_heap()
+
+    def _count_evicted(self) -> None:
+        self.stats.evicted_bytes = self._residents.evicted_bytes + self._shelf.evicted_bytes

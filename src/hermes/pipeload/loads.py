@@ -25,7 +25,8 @@ class Piece:
 
     Without `bounced` they land at `target` in the slot as they are. With it they land in the agent's own buffer, and
     the `nbytes` from `skip` on are copied, or decoded, to the `target_bytes` at `target`. `unpacked` says that they are
-    whole chunks of a packed file, and that `codec` begins by unpacking them.
+    whole chunks of a packed file, and that `codec` begins by unpacking them. `stored` is its place among the bytes that
+    are read for the load.
     """
 
     file: int
@@ -39,6 +40,7 @@ class Piece:
     target_bytes: int = 0
     codec: Codec | None = None
     unpacked: bool = False
+    stored: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +175,7 @@ def _chunked(
     lead: int,
 ) -> Iterator[Piece]:
     stored_bytes = sum(extent.nbytes for extent in extents)
-    done = 0
+    done = stored = 0
     for extent in extents:
         if extent.file not in packed:
             raise ValueError("a tensor that is partly packed")
@@ -187,10 +189,11 @@ def _chunked(
             target = done * nbytes // stored_bytes
             done += run.unpacked_bytes
             decode = run.decoder()
+            length = _align(skip + run.nbytes, alignment)
             yield Piece(
                 file=extent.file,
                 offset=begin,
-                length=_align(skip + run.nbytes, alignment),
+                length=length,
                 required=skip + run.nbytes,
                 target=lead + target,
                 bounced=True,
@@ -199,7 +202,9 @@ def _chunked(
                 target_bytes=done * nbytes // stored_bytes - target,
                 codec=decode if codec is None else _both(decode, codec, run.unpacked_bytes),
                 unpacked=True,
+                stored=stored,
             )
+            stored += length
 
 
 def _both(first: Codec, then: Codec, nbytes: int) -> Codec:

@@ -50,6 +50,7 @@ def simulate(
     bytes_per_second: float,
     *,
     ahead: bool = True,
+    packed: Sequence[Set[int]] = (),
 ) -> Prediction:
     """Run the workload's passes through `Pipeline` in simulated time.
 
@@ -60,6 +61,7 @@ def simulate(
         ring_bytes: the window.
         bytes_per_second: of the disk.
         ahead: False for the sequential engine.
+        packed: for each block, its loads that stay packed: read once, unpacked at every visit.
     """
     units = problem.units
     slots = [[n for unit in block for n in units[unit].slot_bytes] for block in blocks]
@@ -76,6 +78,7 @@ def simulate(
     taken_bytes = 0  # of both
     faulting = 0.0  # seconds that agents spend in page faults or unpack, on cores that the computation then lacks
     granted = False
+    shelved: set[tuple[int, int]] = set()  # packed loads that are in memory
 
     def carry_out(orders: Sequence[Order], time: float) -> None:
         nonlocal disk_free, cores_free, granted, touched_bytes, taken_bytes, faulting
@@ -87,13 +90,20 @@ def simulate(
                         end = offset + new_bytes
                         new_bytes = max(0, end - touched_bytes)
                         touched_bytes = max(touched_bytes, end)
+                    read_bytes, ready = reads[block][load], time
+                    if packed and load in packed[block]:
+                        if (block, load) in shelved:
+                            read_bytes = 0
+                        shelved.add((block, load))
+                        new_bytes += read_bytes
                     touching = touch_seconds(problem.touch_seconds_per_byte, taken_bytes, new_bytes)
                     taken_bytes += new_bytes
                     faulting += touching
-                    disk_free = max(disk_free, time) + reads[block][load] / bytes_per_second + touching
+                    if read_bytes:
+                        ready = disk_free = max(disk_free, time) + read_bytes / bytes_per_second + touching
                     unpacking = unpacks[block][load]
-                    cores_free = max(cores_free, disk_free) + unpacking
-                    faulting += unpacking if problem.unpacking_slows_compute else 0.0
+                    cores_free = max(cores_free, ready) + unpacking
+                    faulting += unpacking if problem.unpacking_slows_compute or not read_bytes else 0.0
                     disk.append((cores_free, order))
                 case Compute():
                     granted = True

@@ -51,7 +51,8 @@ class Problem:
             that the process takes; the last one holds for what comes after. On a virtual machine that can be
             more than reading the same bytes from disk, so that a single pass is fastest with little memory.
         num_cores: that Loading Agents unpack on, at most one each.
-        unpacking_slows_compute: False where the seconds of units were measured while agents unpacked.
+        unpacking_slows_compute: False where the seconds of units were measured while agents unpacked what they read; what
+            stays packed always does.
     """
 
     units: Sequence[UnitCost]
@@ -82,6 +83,8 @@ class Plan:
         ring_bytes: the window.
         resident: for each block, the loads that stay in memory.
         resident_bytes: their sum.
+        packed: for each block, the loads that stay as they lie on disk, packed; none where this is empty.
+        packed_bytes: their sum, packed.
         pass_bytes: read from disk in a steady pass.
         first_pass_seconds: the cold pass.
         steady_pass_seconds: each later one.
@@ -111,3 +114,5 @@ class Plan:
     bound: str
     bound_seconds: float
     sequential: bool = False
+    packed: tuple[frozenset[int], ...] = ()
+    packed_bytes: int = 0

@@ -21,11 +21,23 @@ WINDOW_LADDER = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Windows that are tried, in smallest windows."""
 
 
+PACKED_SHARES = (0.5, 1.0)
+"""Of the bytes that may stay, kept packed: where weights are, and where unpacking keeps up with what it saves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """What stays in memory: a window, weights, and packed weights."""
+
+    ring_bytes: int
+    resident: list[frozenset[int]]
+    packed: list[frozenset[int]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
     granularity: str
-    ring_bytes: int
-    resident: list[frozenset[int]]
+    layout: _Layout
     prediction: Prediction
 
 
@@ -102,17 +114,18 @@ def _fastest(
     best: _Candidate | None = None
     once = problem.num_passes == 1
     for name, blocks in groups.items():
-        for ring_bytes, resident in _windows(_slots(problem, blocks), free_bytes, resident_bytes, once):
+        for layout in _layouts(problem, blocks, free_bytes, resident_bytes, once):
             prediction = simulate(
                 problem,
                 _in_pass(problem, blocks),
-                resident,
-                ring_bytes,
+                layout.resident,
+                layout.ring_bytes,
                 bandwidth.bytes_per_second,
                 ahead=not sequential,
+                packed=layout.packed,
             )
             if best is None or prediction.total_seconds < 0.999 * best.prediction.total_seconds:
-                best = _Candidate(granularity=name, ring_bytes=ring_bytes, resident=resident, prediction=prediction)
+                best = _Candidate(granularity=name, layout=layout, prediction=prediction)
     return best
 
 
@@ -126,34 +139,37 @@ def _finish(
     sequential: bool,
 ) -> Plan:
     blocks = problem.groups[best.granularity]
-    slots = _slots(problem, blocks)
-    kept = sum(slots[block][load] for block, loads in enumerate(best.resident) for load in loads)
+    slots, reads, layout = _slots(problem, blocks), _reads(problem, blocks), best.layout
+    kept = sum(slots[block][load] for block, loads in enumerate(layout.resident) for load in loads)
+    packed = sum(reads[block][load] for block, loads in enumerate(layout.packed) for load in loads)
     streamed = [
-        problem_read
-        for block, units in enumerate(_in_pass(problem, blocks))
-        for load, problem_read in enumerate(n for unit in units for n in problem.units[unit].read_bytes)
-        if load not in best.resident[block]
+        nbytes
+        for block in range(len(_in_pass(problem, blocks)))
+        for load, nbytes in enumerate(reads[block])
+        if load not in layout.resident[block] and not (layout.packed and load in layout.packed[block])
     ]
     disk_seconds = sum(streamed) / bandwidth.bytes_per_second
     compute_seconds = sum(
         unit.next_seconds if problem.num_passes > 1 else unit.first_seconds
         for unit in problem.units[: problem.num_in_pass]
     )
-    ring_used = best.ring_bytes if streamed else 0
+    ring_used = layout.ring_bytes if streamed or packed else 0
     return Plan(
         budget_bytes=budget_bytes,
         limit_bytes=limit_bytes,
         granularity=best.granularity,
         num_agents=bandwidth.num_agents,
-        piece_bytes=_piece_bytes(bandwidth, best.ring_bytes),
-        ring_bytes=best.ring_bytes,
-        resident=tuple(best.resident),
+        piece_bytes=_piece_bytes(bandwidth, layout.ring_bytes),
+        ring_bytes=layout.ring_bytes,
+        resident=tuple(layout.resident),
         resident_bytes=kept,
+        packed=tuple(layout.packed),
+        packed_bytes=packed,
         pass_bytes=sum(streamed),
         first_pass_seconds=best.prediction.first_pass_seconds,
         steady_pass_seconds=best.prediction.steady_pass_seconds,
         total_seconds=best.prediction.total_seconds,
-        peak_bytes=fixed_bytes + ring_used + kept,
+        peak_bytes=fixed_bytes + ring_used + kept + packed,
         floor_bytes=problem.floor_bytes,
         heap_bytes=problem.heap_bytes,
         pinned_bytes=problem.pinned_bytes,
@@ -161,6 +177,45 @@ def _finish(
         bound_seconds=max(disk_seconds, compute_seconds),
         sequential=sequential,
     )
+
+
+def _layouts(
+    problem: Problem,
+    blocks: Sequence[Sequence[int]],
+    free_bytes: int,
+    resident_bytes: int | None,
+    once: bool,
+) -> Iterator[_Layout]:
+    """Every window with what stays beside it; where weights are packed, also with a part of that kept packed."""
+    slots, reads = _slots(problem, blocks), _reads(problem, blocks)
+    packed_loads = [_packed(problem, block) for block in blocks]
+    packs = resident_bytes is None and not once and any(packed_loads)
+    for ring_bytes, resident in _windows(slots, free_bytes, resident_bytes, once):
+        yield _Layout(ring_bytes=ring_bytes, resident=resident, packed=[])
+        if packs and any(len(kept) < len(loads) for kept, loads in zip(resident, slots, strict=True)):
+            left_bytes = free_bytes - ring_bytes
+            for share in PACKED_SHARES:
+                packed = _spread_over(packed_loads, reads, int(share * left_bytes))
+                packed_bytes = sum(reads[block][load] for block, loads in enumerate(packed) for load in loads)
+                others = [frozenset(range(len(loads))) - packed[block] for block, loads in enumerate(slots)]
+                resident = _spread_over(others, slots, left_bytes - packed_bytes)
+                yield _Layout(ring_bytes=ring_bytes, resident=resident, packed=packed)
+
+
+def _packed(problem: Problem, block: Sequence[int]) -> frozenset[int]:
+    """Loads of a block that are unpacked when they have been read."""
+    units = [problem.units[unit] for unit in block]
+    seconds = [s for unit in units for s in unit.unpack_seconds or [0.0] * len(unit.slot_bytes)]
+    return frozenset(load for load, s in enumerate(seconds) if s)
+
+
+def _spread_over(chosen: Sequence[frozenset[int]], sizes: Sequence[Sequence[int]], nbytes: int) -> list[frozenset[int]]:
+    """`spread` over the chosen loads of each block alone."""
+    counted = [
+        [size if load in loads else 0 for load, size in enumerate(block)]
+        for loads, block in zip(chosen, sizes, strict=True)
+    ]
+    return [kept & loads for kept, loads in zip(spread(counted, nbytes), chosen, strict=True)]
 
 
 def _windows(
@@ -233,6 +288,10 @@ def _piece_bytes(bandwidth: Bandwidth, ring_bytes: int) -> int:
 
 def _slots(problem: Problem, blocks: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[n for unit in block for n in problem.units[unit].slot_bytes] for block in blocks]
+
+
+def _reads(problem: Problem, blocks: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [[n for unit in block for n in problem.units[unit].read_bytes] for block in blocks]
 
 
 def _in_pass(problem: Problem, blocks: Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -69,15 +69,16 @@ def plan_table(plan: Plan, *, num_passes: int, smallest_bytes: int, measured: bo
 
 def budget_table(plan: Plan) -> Table:
     """Where the budget goes; the rows add up to it."""
-    streams = plan.pass_bytes > 0
+    streams = plan.pass_bytes + plan.packed_bytes > 0
     window = plan.ring_bytes if streams else 0
-    known = plan.floor_bytes + plan.heap_bytes + plan.pinned_bytes + plan.resident_bytes + window
+    known = plan.floor_bytes + plan.heap_bytes + plan.pinned_bytes + plan.resident_bytes + plan.packed_bytes + window
     rows = [
         ("floor", plan.floor_bytes, "the process before any weight"),
         ("heap", plan.heap_bytes, "activations, key-value cache, row buffers"),
         ("pinned", plan.pinned_bytes, "small and shared weights"),
         ("window", window, "streamed blocks pass through" if streams else "nothing streams"),
         ("resident", plan.resident_bytes, "weights kept between passes"),
+        ("packed", plan.packed_bytes, "likewise, as they lie on disk; unpacked at every pass"),
         ("buffers", plan.peak_bytes - known, "of the Loading Agents"),
         ("spare", plan.budget_bytes - plan.peak_bytes, "safety margin, and what no block fits in"),
         ("budget", plan.budget_bytes, ""),

@@ -103,6 +103,7 @@ def start_session(
         config=EngineConfig(
             ring_bytes=plan.ring_bytes,
             resident=plan.resident,
+            packed=plan.packed,
             num_agents=plan.num_agents,
             buffer_bytes=factory.buffer_bytes if bounced else 0,
             ahead=not plan.sequential,
