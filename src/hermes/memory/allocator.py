@@ -39,9 +39,7 @@ def hold_heap(nbytes: int) -> bool:
     """
     if nbytes <= _THRESHOLD_BYTES:
         return True
-    return _set(
-        (_M_MMAP_THRESHOLD, min(nbytes, _LARGEST_THRESHOLD_BYTES)), (_M_TRIM_THRESHOLD, min(nbytes, 2**31 - 1))
-    )
+    return _set((_M_MMAP_THRESHOLD, min(nbytes, _LARGEST_THRESHOLD_BYTES)), (_M_TRIM_THRESHOLD, min(nbytes, 2**31 - 1)))
 
 
 def trim_heap() -> bool:

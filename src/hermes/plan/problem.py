@@ -51,8 +51,8 @@ class Problem:
             that the process takes; the last one holds for what comes after. On a virtual machine that can be
             more than reading the same bytes from disk, so that a single pass is fastest with little memory.
         num_cores: that Loading Agents unpack on, at most one each.
-        unpacking_slows_compute: False where the seconds of units were measured while agents unpacked what they read; what
-            stays packed always does.
+        unpacking_slows_compute: False where the seconds of units were measured while agents unpacked what they read;
+            unpacking what stays packed always does.
     """
 
     units: Sequence[UnitCost]
