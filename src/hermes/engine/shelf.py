@@ -43,7 +43,8 @@ class Shelf:
             for number in sorted(numbers):
                 places[block, number] = (end, blocks[block][number].read_bytes)
                 end += blocks[block][number].read_bytes
-        ledger.reserve("packed", end)
+        if end:
+            ledger.reserve("packed", end)
         self._ledger = ledger
         self._arena = Arena(end)
         self._places = places
@@ -72,7 +73,8 @@ class Shelf:
             offset, size = self._places.pop(key)
             self._arena.discard(offset, size)
             freed += size
-        self._ledger.reserve("packed", self._ledger.accounts["packed"] - freed)
+        if freed:
+            self._ledger.reserve("packed", self._ledger.accounts["packed"] - freed)
         self.evicted_bytes += freed
         return freed
 
