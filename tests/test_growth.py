@@ -107,8 +107,8 @@ def ids(batch_size: int, tokens: int) -> torch.Tensor:
         ({"input_ids": ids(2, 1), "past_key_values": Cache(14), "logits_to_keep": 1}, 10_000),
         # 50 bytes of cache a token, beyond the 30 tokens of the plan
         ({"input_ids": ids(2, 1), "past_key_values": Cache(16), "logits_to_keep": 1}, 10_000 + 50 * 4),
-        # twice the tokens: once more the activations, and half as much for holes; 40 - 30 tokens of cache; scores of two
-        # more sequences, four times
+        # twice the tokens: once more the activations, and half as much for holes; 40 - 30 tokens of cache; scores of
+        # two more sequences, four times
         ({"input_ids": ids(4, 10), "logits_to_keep": 1}, 10_000 + 3000 + 50 * 10 + 4 * 4 * 2 * 100),
         # scores of every position but the two that are planned
         ({"input_ids": ids(2, 10)}, 10_000 + 4 * 18 * 100),

@@ -336,4 +336,4 @@ def test_runs_are_what_torch_does(program):
     for runs, values in zip(made, wanted, strict=True):
         assert runs.shape == values.shape
         assert torch.equal(_values(runs, sources), values)
-            assert len(runs.runs) <= number * max(1, 4 * len(steps)), "strips"  # a split makes four parts at most
+        assert len(runs.runs) <= number * max(1, 4 * len(steps)), "strips"  # a split makes four parts at most
