@@ -17,6 +17,8 @@ __all__ = ["make_plan", "smallest_budget"]
 GOOD_ENOUGH = 0.7
 """Rates within this share of the best are one rate, measured several times on a disk that is never quite steady."""
 SMALLEST_PIECE_BYTES = 2**20
+WORTH_CHANGING = 0.99
+"""A larger window or block must be so much faster: small ones leave more in the processor's caches."""
 WINDOW_LADDER = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Windows that are tried, in smallest windows."""
 
@@ -124,7 +126,7 @@ def _fastest(
                 ahead=not sequential,
                 packed=layout.packed,
             )
-            if best is None or prediction.total_seconds < 0.999 * best.prediction.total_seconds:
+            if best is None or prediction.total_seconds < WORTH_CHANGING * best.prediction.total_seconds:
                 best = _Candidate(granularity=name, layout=layout, prediction=prediction)
     return best
 

@@ -32,6 +32,8 @@ logger = logging.getLogger("hermes")
 
 CODE_BYTES = 84 * 2**20
 """Of libraries, and of the kernel for two processes, without which tracing reads the same code again and again."""
+PACKED_HEAP_BYTES = 16 * 2**20
+"""Tables of chunks, and pieces that know how to unpack them."""
 FORWARDS = 100
 """What is loaded from Python is planned to be used many times; what is run from the shell, once."""
 
@@ -142,6 +144,7 @@ class Prepared:
             vocabulary_size=vocabulary_size(self.module),
             row_buffer_bytes=2 * ROWS_AT_A_TIME_BYTES if self.partition.rowwise else 0,
         )
+        heap += PACKED_HEAP_BYTES if self.checkpoint.packed else 0
         return Problem(
             units=units,
             num_in_pass=self.partition.num_in_pass,
