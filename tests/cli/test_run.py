@@ -123,9 +123,18 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_interrupt(gpt2):
+@pytest.fixture
+def endless(tmp_path):
+    """A model that has positions for more tokens than anybody waits for."""
+    directory = synth("tiny-llama", tmp_path / "llama")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20_000}))
+    return directory
+
+
+def test_interrupt(endless):
     process = start(
-        gpt2, "--prompt", "Hi", "--max-new-tokens", "120", "--budget", ENOUGH, "--repetition-penalty", "2.0"
+        endless, "--prompt", "Hi", "--max-new-tokens", "9000", "--budget", ENOUGH, "--repetition-penalty", "2.0"
     )
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
@@ -142,9 +151,9 @@ def test_a_file_that_changes_while_running(copy, invoke, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away(gpt2):
+def test_a_reader_that_goes_away(endless):
     process = start(
-        gpt2, "--prompt", "Hi", "--max-new-tokens", "120", "--budget", ENOUGH, "--repetition-penalty", "2.0"
+        endless, "--prompt", "Hi", "--max-new-tokens", "9000", "--budget", ENOUGH, "--repetition-penalty", "2.0"
     )
     process.stdout.close()
     assert process.wait(60) == 1
