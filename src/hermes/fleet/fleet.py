@@ -165,7 +165,9 @@ class Fleet:
             gone = self._workers.pop(name, None)
             if gone is not None:
                 gone.stop()
-                self._running()[0].leave(name)
+                turns, _, shares = self._running()
+                shares.let_go(name)
+                turns.leave(name)
             del self._candidates[name], self._prepared[name]
             if self._workers:
                 self._settle()

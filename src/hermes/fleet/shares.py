@@ -92,6 +92,14 @@ class Shares:
             self._workers, self._needs = dict(workers), needs
             self._busy_at = dict.fromkeys(workers, self._turns.clock())
 
+    def let_go(self, name: str) -> None:
+        """Of a model whose engine is closed: its bytes are free, and nobody watches it any more."""
+        with self._lock:
+            self._workers.pop(name, None)
+            self._busy_at.pop(name, None)
+            if self._base.pop(name, None) is not None:
+                self.ledger.reserve(_account(name), 0)
+
     def close(self) -> None:
         """End the watch. Idempotent."""
         self._closed.set()
