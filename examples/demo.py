@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hermes.units import format_bytes, format_seconds
+from hermes.units import format_bytes, format_seconds, parse_bytes
 
 QUERY = "How can I run a model that does not fit into memory?"
 SENTENCES = (
@@ -41,6 +41,7 @@ SENTENCES = (
 PROMPT = "The memory of a machine is"
 NEW_TOKENS = 8
 SIZE_BUDGET = "600MiB"
+MARGIN_MIB = 24  # of every budget, never planned with
 SPARE_MIB = 3  # above the smallest budget: a process's floor differs by a little from one start to the next
 SYNTH = "gpt2-medium"
 RUN_SECONDS = 240
@@ -136,12 +137,15 @@ def hermes(*words, evict):
 
 
 def smallest_budget(ask):
-    """A little above the one named when a budget is too small; that is said before any weight is read."""
+    """A little above what a refusal says the run takes; that is said before any weight is read.
+
+    The budget that it names also leaves room, inside a cgroup, for the process that finds out the model's shapes.
+    """
     refusal = command(*ask, "--budget", "64MiB", expected=2, output="stderr")
-    found = re.search(r"try --budget (\d+)MiB", refusal)
-    if not found:
+    parts = re.findall(r"([\d.]+ [KMG]?i?B) (?:for|pinned|window)", refusal)
+    if not parts:
         sys.exit(f"no smallest budget in: {refusal.strip()}")
-    return f"{int(found[1]) + SPARE_MIB}MiB"
+    return f"{-(-sum(map(parse_bytes, parts)) // 2**20) + MARGIN_MIB + SPARE_MIB}MiB"
 
 
 def command(*words, expected=0, output="stdout"):
