@@ -82,7 +82,9 @@ def run(model: Path, texts: Path, output: Path, *, budget_bytes: int | None, cap
     )
     if done.returncode:
         return {"error": last_line(done.stderr), "oom_kills": done.oom_kills}
-    return json.loads(done.stdout.splitlines()[-1]) | {"process_seconds": done.seconds, "disk_bytes": done.read_bytes}
+    said = json.loads(done.stdout.splitlines()[-1])
+    del said["model"], said["output"]  # paths of this machine
+    return said | {"process_seconds": done.seconds, "disk_bytes": done.read_bytes}
 
 
 def smallest_budget(model: Path, texts: Path, output: Path) -> int:
