@@ -31,6 +31,10 @@ inline __m512i plus(__m512i to, const u8* mask, int weight) {
   return _mm512_mask_add_epi8(to, load<u64>(mask), to, _mm512_set1_epi8(char(weight)));
 }
 
+// Blocks that are fetched into the second-level cache ahead of decoding: one core alone does not keep enough reads of
+// memory under way (15 -> 20 GB/s here).
+constexpr size_t AHEAD = 64;
+
 template <Encoding E>
 bool kernel(Planes& p, size_t first, size_t count, u8* out) {
   const __m512i base = _mm512_set1_epi8(char(p.base)), sign = _mm512_set1_epi8(char(0x80));
@@ -38,6 +42,8 @@ bool kernel(Planes& p, size_t first, size_t count, u8* out) {
   for (size_t block = first; block < first + count; ++block) {
     const u8* codes = p.codes + CODE_BYTES * block;
     const u8* bits = p.bits + 24 * block;
+    _mm_prefetch(reinterpret_cast<const char*>(codes + CODE_BYTES * AHEAD), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(p.rest + BLOCK * (block + AHEAD)), _MM_HINT_T1);
     const u64 escaped = p.escaped(block);
     const unsigned number = unsigned(_mm_popcnt_u64(escaped));
     if (size_t(p.end - escapes) < number) return false;

@@ -128,10 +128,13 @@ struct Result {
 };
 
 // Decodes consecutive chunks, of which the first has number `number`, from their element `skip` on, until `target` is
-// full. Source and target must not overlap. Every chunk that is touched is checked whole. No byte outside the two is
-// read or written, whatever the source holds. Nothing is allocated.
+// full. Source and target must not overlap. Every chunk that is touched is checked whole, but for its checksum where
+// that `is_checked`. No byte outside the two is read or written, whatever the source holds. Nothing is allocated.
 Result decode(const Path& path, const u8* source, size_t source_bytes, u8* target, size_t target_bytes,
-              size_t item, u32 number, size_t skip);
+              size_t item, u32 number, size_t skip, bool is_checked = false);
+
+// Compares the checksums of consecutive chunks that fill the source.
+Result check(const Path& path, const u8* source, size_t source_bytes, u32 number);
 
 // The largest chunk of so many elements, and the chunk that holds these: its size. `out` has room for the largest.
 constexpr size_t largest_chunk(size_t elements, size_t item) {

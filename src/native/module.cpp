@@ -3,7 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "codec.hpp"
+#include "product.hpp"
 
 namespace nb = nanobind;
 using namespace hermes;
@@ -44,6 +44,16 @@ nb::tuple decode_chunks(nb::handle source, nb::handle target, size_t item, u32 n
   return nb::make_tuple(int(result.fault), result.chunk);
 }
 
+nb::tuple check_chunks(nb::handle source, u32 number) {
+  const Buffer from(source, PyBUF_SIMPLE);
+  Result result;
+  {
+    nb::gil_scoped_release release;
+    result = check(best_path(), from.data(), from.size(), number);
+  }
+  return nb::make_tuple(int(result.fault), result.chunk);
+}
+
 size_t encode_chunk(nb::handle source, nb::handle target, size_t item, nb::bytes encodings, u32 number) {
   const Buffer from(source, PyBUF_SIMPLE), to(target, PyBUF_WRITABLE);
   Encoding choices[NUM_ENCODINGS] = {};
@@ -59,6 +69,46 @@ size_t encode_chunk(nb::handle source, nb::handle target, size_t item, nb::bytes
   return encode(from.data(), from.size() / item, item, choices, number, to.data());
 }
 
+// The addresses are the caller's word: he keeps that memory alive, and as large as the numbers say.
+using Address = std::uintptr_t;
+u8* at(Address address) { return reinterpret_cast<u8*>(address); }
+
+// With the chunks' places as bytes of 64-bit numbers.
+template <class Work>
+nb::tuple with_matrix(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
+                      size_t columns, Work work) {
+  const Buffer table(places, PyBUF_SIMPLE);
+  const Matrix matrix{at(chunks), nbytes, reinterpret_cast<const i64*>(table.data()), table.size() / sizeof(i64),
+                      number, skip, rows, columns};
+  if (matrix.num_places == 0 || columns == 0) throw nb::value_error("an empty matrix");
+  Result result;
+  {
+    nb::gil_scoped_release release;
+    result = work(matrix);
+  }
+  return nb::make_tuple(int(result.fault), result.chunk);
+}
+
+nb::tuple multiply_rows(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
+                        size_t columns, Address x, size_t tokens, Address bias, size_t block, Address y,
+                        size_t y_stride, nb::handle scratch, unsigned threads) {
+  const Buffer aside(scratch, PyBUF_WRITABLE);
+  if (!can_multiply()) throw nb::value_error("no bf16 products on this processor");
+  if (columns % 32 || block == 0 || block % 32 || aside.size() < scratch_bytes(tile_rows(columns), columns, threads))
+    throw nb::value_error("columns and block are not multiples of 32, or too little to work in");
+  return with_matrix(chunks, nbytes, places, number, skip, rows, columns, [&](const Matrix& matrix) {
+    return multiply(matrix, at(x), tokens, at(bias), block, at(y), y_stride, aside.data(), threads);
+  });
+}
+
+nb::tuple unpack_some_rows(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
+                           size_t columns, size_t begin, size_t end, Address target, unsigned threads) {
+  if (begin > end || end > rows) throw nb::value_error("no such rows");
+  return with_matrix(chunks, nbytes, places, number, skip, rows, columns, [&](const Matrix& matrix) {
+    return unpack_rows(matrix, begin, end, at(target), threads);
+  });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -66,8 +116,21 @@ NB_MODULE(_native, m) {
   m.def("decode_chunks", &decode_chunks, nb::arg("source"), nb::arg("target"), nb::arg("item_bytes"), nb::arg("number"),
         nb::arg("skip"), nb::arg("path") = "",
         "Decode consecutive chunks into target; (fault, number of the chunk), fault 0 if all went well.");
+  m.def("check_chunks", &check_chunks, nb::arg("source"), nb::arg("number"),
+        "Compare the checksums of consecutive chunks; (fault, number of the chunk).");
   m.def("encode_chunk", &encode_chunk, nb::arg("source"), nb::arg("target"), nb::arg("item_bytes"),
         nb::arg("encodings"), nb::arg("number"), "Encode one chunk into target; its size.");
+  m.def("can_multiply", &can_multiply, "Whether this processor has what `multiply` needs.");
+  m.def("scratch_bytes", [](size_t columns, size_t threads) {
+    return scratch_bytes(tile_rows(columns), columns, threads);
+  }, nb::arg("columns"), nb::arg("threads"), "What `multiply` needs to work in.");
+  m.def("multiply", &multiply_rows, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
+        nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"), nb::arg("tokens"), nb::arg("bias"),
+        nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("scratch"), nb::arg("threads"),
+        "Multiply bf16 tokens at x with packed rows, into y; (fault, number of the chunk).");
+  m.def("unpack_rows", &unpack_some_rows, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
+        nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("begin"), nb::arg("end"), nb::arg("target"),
+        nb::arg("threads"), "Unpack bf16 rows on several threads; (fault, number of the chunk).");
   m.def("paths", [] {
     std::vector<std::string> names;
     for (const Path* const* path = paths; *path; ++path)

@@ -146,7 +146,7 @@ def test_a_chunk_in_another_ones_place_is_named():
 
 
 def test_the_reference_decodes_ranges_too(monkeypatch):
-    monkeypatch.setattr("hermes.checkpoint.decoder._native", lambda: None)
+    monkeypatch.setattr("hermes.checkpoint.decoder.native", lambda: None)
     content = bf16(GAUSSIAN).tobytes()
     chunks = b"".join(encode_chunk(memoryview(content), "BF16", 2, number) for number in (4, 5))
     target = memoryview(bytearray(70_000))

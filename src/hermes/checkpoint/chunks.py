@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hermes.checkpoint.decoder import decode_chunks
+from hermes.checkpoint.decoder import check_chunks, decode_chunks
 from hermes.checkpoint.layout import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -57,13 +57,27 @@ class ChunkRun:
     skip: int
     unpacked_bytes: int
 
+    @property
+    def places(self) -> "NDArray[np.int64]":
+        """Of these chunks in their file, and where the last one ends."""
+        places = self.tensor.places
+        return places[self.number : int(places.searchsorted(self.offset + self.nbytes)) + 1]
+
+    @property
+    def where(self) -> str:
+        """What an error names."""
+        return f"{self.tensor.path}: tensor {self.tensor.name!r}"
+
+    def check(self, chunks: memoryview) -> None:
+        """Raise ReadError unless these are the bytes of this run as they were written."""
+        check_chunks(chunks, where=self.where, number=self.number)
+
     def decoder(self) -> Callable[[memoryview, memoryview], None]:
         """Unpacks the bytes of this run (first) into memory (second), checking them. Raises ReadError."""
-        tensor = self.tensor
         return functools.partial(
             decode_chunks,
-            where=f"{tensor.path}: tensor {tensor.name!r}",
-            item_bytes=tensor.item_bytes,
+            where=self.where,
+            item_bytes=self.tensor.item_bytes,
             number=self.number,
             skip=self.skip,
         )
@@ -84,6 +98,11 @@ class PackedFile:
     def largest_unpacked_bytes(self) -> int:
         """Of a chunk when it is unpacked."""
         return max((min(tensor.chunk_bytes, tensor.nbytes) for tensor in self.tensors), default=0)
+
+    def run(self, offset: int, nbytes: int) -> ChunkRun:
+        """The chunks that hold these bytes of one tensor."""
+        (run,) = self.runs(offset, nbytes, run_bytes=2**62)
+        return run
 
     def runs(
         self, offset: int, nbytes: int, *, run_bytes: int, unpacked_bytes: int | None = None

@@ -10,7 +10,7 @@ from typing import Any
 from hermes.checkpoint.layout import ENCODINGS, HEADER_BYTES, largest_chunk
 from hermes.errors import CheckpointError, ReadError
 
-__all__ = ["decode_chunks", "encode_chunk", "instruction_sets", "warn_if_slow"]
+__all__ = ["check", "check_chunks", "decode_chunks", "encode_chunk", "instruction_sets", "native", "warn_if_slow"]
 
 logger = logging.getLogger("hermes")
 
@@ -21,7 +21,8 @@ _FAULTS = (
 
 
 @functools.cache
-def _native() -> Any:
+def native() -> Any:
+    """The module in C++; None where it was not built."""
     try:
         from hermes.checkpoint import _native  # type: ignore[attr-defined, unused-ignore]
     except ImportError:
@@ -31,13 +32,13 @@ def _native() -> Any:
 
 def instruction_sets() -> list[str]:
     """What the native decoder can use here, best first; empty where none was built."""
-    return list(_native().paths()) if _native() is not None else []
+    return list(native().paths()) if native() is not None else []
 
 
 @functools.cache
 def warn_if_slow() -> None:
     """Say once that packed weights will be unpacked by the reference."""
-    if _native() is None:
+    if native() is None:
         logger.warning(
             "the native decoder was not built: packed weights are unpacked slowly; "
             "install a C++ compiler, then install hermes-stream again"
@@ -60,25 +61,35 @@ def decode_chunks(
     before a value of it is used. Safe in any thread. Raises ReadError, which names the chunk and, as `where`, its
     tensor.
     """
-    native = _native()
-    if native is None:
-        fault, chunk = _decode_slowly(source, target, item_bytes, number, skip)
+    if native() is None:
+        _check(*_decode_slowly(source, target, item_bytes, number, skip), where)
     else:
-        code, chunk = native.decode_chunks(source, target, item_bytes, number, skip, instruction_set)
-        fault = _FAULTS[code]
+        check(native().decode_chunks(source, target, item_bytes, number, skip, instruction_set), where)
+
+
+def check_chunks(source: memoryview, *, where: str, number: int) -> None:
+    """Find out whether chunks are as they were written; by the native module. Raises ReadError, as `decode_chunks`."""
+    check(native().check_chunks(source, number), where)
+
+
+def check(result: tuple[int, int], where: str) -> None:
+    """Raise ReadError, which names the chunk and `where` it is, unless the native module found no fault."""
+    _check(_FAULTS[result[0]], result[1], where)
+
+
+def _check(fault: str, chunk: int, where: str) -> None:
     if fault:
         raise ReadError(f"{where}: chunk {chunk} is corrupt ({fault}); pack the model again, or restore the file")
 
 
 def encode_chunk(content: memoryview, dtype: str, item_bytes: int, number: int) -> bytes:
     """The chunk that holds these elements; the same bytes as `codec.encode_chunk`."""
-    native = _native()
-    if native is None:
+    if native() is None:
         from hermes.checkpoint import codec
 
         return codec.encode_chunk(content, dtype, item_bytes, number)
     target = bytearray(largest_chunk(len(content) // item_bytes, item_bytes))
-    nbytes = native.encode_chunk(content, target, item_bytes, bytes(ENCODINGS.get(dtype, ())), number)
+    nbytes = native().encode_chunk(content, target, item_bytes, bytes(ENCODINGS.get(dtype, ())), number)
     return bytes(target[:nbytes])
 
 

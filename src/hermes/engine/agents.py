@@ -159,8 +159,13 @@ class LoadingAgents:
 
 
 def _settle(ticket: Ticket) -> None:
-    """Move a tensor that the file does not hold at an address its kernels want; releases the interpreter lock."""
+    """Move a tensor that the file does not hold at an address its kernels want, and check what must be checked.
+
+    Releases the interpreter lock. Raises ReadError.
+    """
     load = ticket.load
+    if load.check is not None and not ticket.is_abandoned():
+        load.check(ticket.slot[load.data_offset : load.data_offset + load.nbytes])
     if load.shift:
         base = ctypes.addressof(ctypes.c_char.from_buffer(ticket.slot)) + load.data_offset
         ctypes.memmove(base, base + load.shift, load.nbytes)

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from hermes.errors import EngineError
 from hermes.memory.arena import Arena
-from hermes.model.blocks import Block, LoadFactory
+from hermes.model.blocks import Block, Bound, LoadFactory
+from hermes.model.product import PackedRows
 from hermes.model.units import Partition
 from hermes.pipeload import Load, Place
 
@@ -89,7 +90,11 @@ class Binding:
         modules = dict(module.named_modules())
         self._forwards: list[nn.Module] = []
         for number, unit in enumerate(partition.units):
-            if unit.rows is None:
+            if unit.rows is None and isinstance(blocks[block_of_unit[number]].matrices.get(unit.module), PackedRows):
+                linear = cast(nn.Linear, modules[unit.module])
+                whole = (block_of_unit[number], (0, linear.out_features))
+                self._replace(linear, self._linear_forward(linear, unit.module, [whole]))
+            elif unit.rows is None:
                 self._replace(modules[unit.module], self._unit_forward(modules[unit.module], block_of_unit[number]))
         for name in partition.rowwise:
             embedding = cast(nn.Embedding, modules[name])
@@ -97,7 +102,7 @@ class Binding:
         for name, units in partition.heads.items():
             ranges = [(block_of_unit[unit], partition.units[unit].rows or (0, 0)) for unit in units]
             head = cast(nn.Linear, modules[name])
-            self._replace(head, self._head_forward(head, ranges))
+            self._replace(head, self._linear_forward(head, name, ranges))
         for home in factory.homes:
             home.watch(self._adopt)
         self._replace(module, self._pass_forward(module))
@@ -160,7 +165,7 @@ class Binding:
         storage = _storage(arena)
         (bound,) = block.bound
         bound.bind(lambda _: storage, places)
-        return bound.live
+        return cast(Bound, bound).live
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         module.__dict__["forward"] = functools.wraps(module.forward)(forward)  # transformers reads its signature
@@ -192,17 +197,21 @@ class Binding:
 
         return forward
 
-    def _head_forward(
-        self, head: nn.Linear, ranges: Sequence[tuple[int, tuple[int, int]]]
+    def _linear_forward(
+        self, linear: nn.Linear, name: str, ranges: Sequence[tuple[int, tuple[int, int]]]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Of ranges of rows, each in a block."""
+
         def forward(input: torch.Tensor) -> torch.Tensor:
+            if len(ranges) == 1:
+                self.enter(ranges[0][0])
+                return self._blocks[ranges[0][0]].matrices[name].linear(input, linear.bias)
             output = input.new_empty(*input.shape[:-1], ranges[-1][1][1])
-            bias = head.bias
+            bias = linear.bias
             for block, (begin, end) in ranges:
                 self.enter(block)
-                (bound,) = self._blocks[block].bound
                 part = None if bias is None else bias[begin:end]
-                output[..., begin:end] = functional.linear(input, bound.live, part)
+                output[..., begin:end] = self._blocks[block].matrices[name].linear(input, part)
             return output
 
         return forward

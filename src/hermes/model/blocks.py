@@ -2,16 +2,18 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from hermes.checkpoint.chunks import PackedFile
 from hermes.checkpoint.index import DTYPE_BYTES, Extent
 from hermes.model.mapping import Source
+from hermes.model.product import PackedRows
 from hermes.model.trace import tensors_in
 from hermes.model.units import Unit
 from hermes.pipeload import Codec, Load, Place, plan_load
@@ -87,6 +89,10 @@ class Bound:
         if self._home is not None:
             self._home.put(self.live)
 
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`functional.linear` with what is bound."""
+        return functional.linear(x, self.live, bias)
+
     def unbind(self) -> None:
         """Forget the bytes; they may be anybody's from now on."""
         if self._home is not None:
@@ -151,11 +157,19 @@ def _adopted(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """What is loaded, computed and released together."""
+    """What is loaded, computed and released together.
+
+    Attributes:
+        name: its unit's, or the first one's and the last one's.
+        loads: in order.
+        bound: every parameter of it.
+        matrices: those that are all their module has, by module.
+    """
 
     name: str
     loads: tuple[Load, ...]
-    bound: tuple[Bound, ...]
+    bound: tuple[Bound | PackedRows, ...]
+    matrices: Mapping[str, Bound | PackedRows] = field(default_factory=dict)
 
 
 class LoadFactory:
@@ -165,6 +179,8 @@ class LoadFactory:
     matrix-vector product differs, on some CPUs, where the matrix begins at an odd multiple of 8 bytes. transformers
     maps safetensors files into memory, so there a tensor lies as in its file; with `cache_lines`, it begins at a cache
     line, as whatever torch has allocated itself does.
+
+    The matrices of units that are in `stay_packed` come into memory as they lie on disk.
     """
 
     def __init__(
@@ -176,9 +192,11 @@ class LoadFactory:
         piece_bytes: int,
         cache_lines: bool,
         packed: Mapping[int, PackedFile] | None = None,
+        stay_packed: Set[str] = frozenset(),
     ) -> None:
         self._sources = sources
         self._packed = packed or {}
+        self._stay_packed = stay_packed
         self._alignment = alignment
         self._piece_bytes = piece_bytes
         self._address_alignment = CACHE_LINE_BYTES if cache_lines else 1
@@ -214,20 +232,24 @@ class LoadFactory:
     def block(self, units: Iterable[Unit]) -> Block:
         """The block of these units."""
         loads: list[Load] = []
-        bound: list[Bound] = []
+        bound: list[Bound | PackedRows] = []
+        matrices: dict[str, Bound | PackedRows] = {}
         units = list(units)
         for unit in units:
             for parameter in unit.parameters:
-                self._add(parameter, unit.rows, loads, bound)
+                if parameter in self._stay_packed:
+                    bound.append(self._add_packed(parameter, unit.rows, loads))
+                else:
+                    bound.append(self._add(parameter, unit.rows, loads))
+            if len(unit.parameters) == 1:
+                matrices[unit.module] = bound[-1]
         name = units[0].name if len(units) == 1 else f"{units[0].name} .. {units[-1].name}"
-        return Block(name=name, loads=tuple(loads), bound=tuple(bound))
+        return Block(name=name, loads=tuple(loads), bound=tuple(bound), matrices=matrices)
 
     def pinned(self, names: Iterable[str]) -> Block:
         """Parameters and buffers that stay."""
         loads: list[Load] = []
-        bound: list[Bound] = []
-        for name in names:
-            self._add(name, None, loads, bound)
+        bound = [self._add(name, None, loads) for name in names]
         return Block(name="pinned", loads=tuple(loads), bound=tuple(bound))
 
     @property
@@ -248,7 +270,24 @@ class LoadFactory:
         """Rows `begin` to `end` of a parameter."""
         return self._plain(name, (begin, end))
 
-    def _add(self, name: str, rows: tuple[int, int] | None, loads: list[Load], bound: list[Bound]) -> None:
+    def _add_packed(self, name: str, rows: tuple[int, int] | None, loads: list[Load]) -> PackedRows:
+        """A load of whole chunks, which are read straight into place."""
+        extent, shape = self._rows_of(name, rows)
+        run = self._packed[extent.file].run(extent.offset, extent.nbytes)
+        chunks = Extent(file=extent.file, offset=run.offset, nbytes=run.nbytes)
+        loads.append(
+            plan_load(
+                name,
+                [chunks],
+                run.nbytes,
+                alignment=self._alignment,
+                piece_bytes=self._piece_bytes,
+                check=run.check,
+            )
+        )
+        return PackedRows(run, len(loads) - 1, (shape[0], shape[1]))
+
+    def _add(self, name: str, rows: tuple[int, int] | None, loads: list[Load]) -> Bound:
         source = self._sources[name]
         first = len(loads)
         if source.convert is None:
@@ -266,17 +305,23 @@ class LoadFactory:
                 )
                 for extent in source.extents
             ]
-        bound.append(Bound(self._homes[name], range(first, len(loads)), source, rows))
+        return Bound(self._homes[name], range(first, len(loads)), source, rows)
+
+    def _rows_of(self, name: str, rows: tuple[int, int] | None) -> tuple[Extent, list[int]]:
+        """Where they are, of a parameter that is one extent, and their shape."""
+        (extent,), shape = self._sources[name].extents, list(self._homes[name].tensor.shape)
+        if rows is None:
+            return extent, shape
+        row_bytes = extent.nbytes // shape[0]
+        offset, nbytes = extent.offset + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
+        return Extent(file=extent.file, offset=offset, nbytes=nbytes), [rows[1] - rows[0], *shape[1:]]
 
     def _plain(self, name: str, rows: tuple[int, int] | None) -> Load:
         source, tensor = self._sources[name], self._homes[name].tensor
-        extents = source.extents
-        shape = list(tensor.shape)
+        extents, shape = source.extents, list(tensor.shape)
         if rows is not None:
-            row_bytes = extents[0].nbytes // shape[0]
-            offset, nbytes = extents[0].offset + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
-            extents = (Extent(file=extents[0].file, offset=offset, nbytes=nbytes),)
-            shape[0] = rows[1] - rows[0]
+            extent, shape = self._rows_of(name, rows)
+            extents = (extent,)
         stored = torch_dtype(source.dtype)
         return plan_load(
             name,

@@ -47,7 +47,8 @@ class Piece:
 class Load:
     """One tensor's way into a slot of `slot_bytes`; its `nbytes` begin at `data_offset` of the slot in the end.
 
-    Its pieces may leave it `shift` bytes further up: then it is moved down once all of them are there.
+    Its pieces may leave it `shift` bytes further up: then it is moved down once all of them are there. `check` is given
+    its bytes then, and raises if they are not what they should be.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Load:
     nbytes: int
     pieces: tuple[Piece, ...]
     shift: int = 0
+    check: Callable[[memoryview], None] | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -86,12 +88,14 @@ def plan_load(
     address_alignment: int = 1,
     codec: Codec | None = None,
     packed: Mapping[int, PackedFile] | None = None,
+    check: Callable[[memoryview], None] | None = None,
 ) -> Load:
     """The load that fills `nbytes` of a parameter from `extents` in order.
 
     One extent without codec is read straight into place: the slot holds the superset that is aligned for O_DIRECT, and
     the tensor begins wherever it does in the file, or at the multiple of `address_alignment` below, to which it is then
-    moved. Several extents, or a codec, go through the agents' buffers of `piece_bytes` + 2 x `alignment`.
+    moved; only such a load has a `check`. Several extents, or a codec, go through the agents' buffers of `piece_bytes`
+    + 2 x `alignment`.
 
     Extents of a file that is `packed` are read as the whole chunks that hold them, each piece at most `piece_bytes` or
     one chunk. The tensor lies in the slot where the unpacked file's would: kernels may round by address.
@@ -128,7 +132,13 @@ def plan_load(
         shift = (extent.offset - begin) % address_alignment
         data_offset = extent.offset - begin - shift
         return Load(
-            name=name, slot_bytes=slot_bytes, data_offset=data_offset, nbytes=nbytes, pieces=pieces, shift=shift
+            name=name,
+            slot_bytes=slot_bytes,
+            data_offset=data_offset,
+            nbytes=nbytes,
+            pieces=pieces,
+            shift=shift,
+            check=check,
         )
     return Load(
         name=name,

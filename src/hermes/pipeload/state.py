@@ -93,6 +93,7 @@ class Pipeline:
         expected = blocks_in_pass or max(1, len(blocks))
         self._successor = [block + 1 if block + 1 < expected else 0 for block in range(len(blocks))]
         self._queue: deque[_Visit] = deque()  # oldest first; done ones linger until no agent writes to them
+        self._under_way: list[deque[_Visit]] = [deque() for _ in blocks]  # the same, of each block
         self._visits: dict[int, _Visit] = {}
         self._number = 0
         self._current: _Visit | None = None  # what the Inference Agent holds
@@ -131,8 +132,8 @@ class Pipeline:
 
     def is_there(self, block: int) -> bool:
         """Whether this block, wanted now, would be granted at once."""
-        pending = (visit for visit in self._queue if not visit.done and visit is not self._current)
-        visit = next((visit for visit in pending if visit.block == block), None)
+        pending = (visit for visit in self._under_way[block] if not visit.done and visit is not self._current)
+        visit = next(pending, None)
         return visit is not None and not visit.waiting and self._is_fetched(block)
 
     def can_evict(self, block: int, load: int) -> bool:
@@ -143,7 +144,7 @@ class Pipeline:
 
     def can_keep(self, block: int, load: int) -> bool:
         """Whether this load streams, and no visit that began while it was resident still looks at its old place."""
-        leaving = any(load in visit.leaving for visit in self._queue if visit.block == block)
+        leaving = any(load in visit.leaving for visit in self._under_way[block])
         return load not in self._resident[block] and not leaving
 
     def can_foresee(self) -> bool:
@@ -155,7 +156,7 @@ class Pipeline:
 
         A visit that is only foreseen, with nothing streamed for it or after it, is not under way: it is begun anew.
         """
-        visits = sum(visit.block == block for visit in self._queue)
+        visits = len(self._under_way[block])
         return not visits or (visits == 1 and self._is_foreseen(block))
 
     @property
@@ -165,9 +166,6 @@ class Pipeline:
 
     def _streamed(self, block: int) -> list[int]:
         return [n for load, n in enumerate(self._slot_bytes[block]) if load not in self._resident[block]]
-
-    def _in_flight(self, block: int) -> bool:
-        return any(visit.block == block for visit in self._queue)
 
     def _is_foreseen(self, block: int) -> bool:
         for visit in reversed(self._queue):
@@ -182,11 +180,13 @@ class Pipeline:
         if self._last_block is not None:
             self._successor[self._last_block] = block
         self._last_block = block
-        pending = [visit for visit in self._queue if not visit.done]
-        ahead = next((index for index, visit in enumerate(pending) if visit.block == block), len(pending))
-        for visit in pending[:ahead]:  # skipped, or (where the block is not coming at all) abandoned
-            visit.finish()
-        self._wanted = pending[ahead] if ahead < len(pending) else self._push(block)
+        coming = (visit for visit in self._queue if not visit.done)
+        for visit in coming:
+            if visit.block == block:
+                self._wanted = visit
+                return
+            visit.finish()  # skipped, or (where the block is not coming at all) abandoned
+        self._wanted = self._push(block)
 
     def _foresee(self, block: int) -> None:
         if not self.can_foresee():
@@ -194,8 +194,8 @@ class Pipeline:
         self._push(block)
 
     def _forget(self, block: int) -> None:
-        for visit in self._queue:
-            if visit.block == block and visit is not self._current and visit is not self._wanted:
+        for visit in self._under_way[block]:
+            if visit is not self._current and visit is not self._wanted:
                 visit.finish()
 
     def _keep(self, block: int, load: int) -> None:
@@ -203,8 +203,8 @@ class Pipeline:
             raise EngineError(f"load {load} of block {block} cannot be kept now")
         self._resident[block].add(load)
         self._cold[block].append(load)
-        for visit in self._queue:  # that have no room for it yet: it does not stream any more
-            if visit.block == block and load in visit.waiting:
+        for visit in self._under_way[block]:
+            if load in visit.waiting:  # that has no room for it yet: it does not stream any more
                 visit.waiting.remove(load)
 
     def _release(self) -> None:
@@ -219,6 +219,7 @@ class Pipeline:
         self._number += 1
         self._visits[visit.number] = visit
         self._queue.append(visit)
+        self._under_way[block].append(visit)
         return visit
 
     def _evict(self, block: int, load: int) -> list[Order]:
@@ -228,14 +229,14 @@ class Pipeline:
         if load in self._cold[block]:
             self._cold[block].remove(load)
         if not self.is_idle(block):
-            last = next(visit for visit in reversed(self._queue) if visit.block == block)
-            last.leaving.append(load)
+            self._under_way[block][-1].leaving.append(load)
             return []
-        if self._in_flight(block):  # foreseen only: begin that visit anew, with this load among those that stream
+        if self._under_way[block]:  # foreseen only: begin that visit anew, with this load among those that stream
             orders: list[Order] = [Discard(block, load)]
             foreseen: _Visit | None = None
             while foreseen is None or foreseen.block != block:
                 foreseen = self._queue.pop()
+                self._under_way[foreseen.block].pop()
                 del self._visits[foreseen.number]
                 orders += [Discard(foreseen.block, leaving) for leaving in foreseen.leaving]
             self._push(block)
@@ -248,7 +249,7 @@ class Pipeline:
             last = self._queue[-1]
             orders += self._place(last)
             following = self._successor[last.block]
-            if last.waiting or not self._ahead or self._in_flight(following):
+            if last.waiting or not self._ahead or self._under_way[following]:
                 break
             self._push(following)
         wanted = self._wanted
@@ -260,7 +261,7 @@ class Pipeline:
 
     def _is_fetched(self, block: int) -> bool:
         # An abandoned visit's resident loads may still be on their way, and nobody orders them twice.
-        return not any(visit.missing for visit in self._queue if visit.block == block)
+        return not any(visit.missing for visit in self._under_way[block])
 
     def _place(self, visit: _Visit) -> list[Order]:
         """Order what the visit still needs, as far as there is room."""
@@ -282,6 +283,7 @@ class Pipeline:
         orders: list[Order] = []
         while self._queue and self._queue[0].done and not self._queue[0].missing:
             visit = self._queue.popleft()
+            self._under_way[visit.block].popleft()
             del self._visits[visit.number]
             for offset in visit.offsets.values():
                 self._ring.free(offset)

@@ -46,9 +46,9 @@ def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *
     units = []
     for unit in prepared.partition.units:
         nbytes = sum(load.nbytes for load in factory.block([unit]).loads)
-        flops = prepared.sample(unit).flops
-        single = calibration.seconds(nbytes, flops / max(1, workload.sequence_length))
-        compute = {workload.batch_size: single, tokens: max(single, calibration.seconds(nbytes, flops))}
+        sample = prepared.sample(unit)
+        single = calibration.seconds(sample.nbytes, sample.flops / max(1, workload.sequence_length))
+        compute = {workload.batch_size: single, tokens: max(single, calibration.seconds(sample.nbytes, sample.flops))}
         units.append(
             unit_record(
                 prepared,

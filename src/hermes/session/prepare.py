@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from hermes.errors import ModelError, ProfileError
 from hermes.memory.pages import drop_idle_pages
 from hermes.memory.probe import memory_split
 from hermes.model.binding import ROWS_AT_A_TIME_BYTES
-from hermes.model.blocks import Block, LoadFactory
+from hermes.model.blocks import Block, LoadFactory, torch_dtype
 from hermes.model.inputs import example_inputs, max_length, vocabulary_size
 from hermes.model.lean import lean_imports
 from hermes.model.mapping import WeightMap, is_transformers_model, map_weights
+from hermes.model.product import can_stay_packed
 from hermes.model.skeleton import build_skeleton, finish_skeleton
 from hermes.model.trace import Trace, trace_apart
 from hermes.model.units import GRANULARITIES, HEAD_ROWS, Granularity, Partition, Unit, group_units, partition
@@ -33,7 +35,7 @@ logger = logging.getLogger("hermes")
 CODE_BYTES = 84 * 2**20
 """Of libraries, and of the kernel for two processes, without which tracing reads the same code again and again."""
 PACKED_HEAP_BYTES = 16 * 2**20
-"""Tables of chunks, and pieces that know how to unpack them."""
+"""Tables of chunks, pieces that know how to unpack them, and rows that are unpacked for a product."""
 FORWARDS = 100
 """What is loaded from Python is planned to be used many times; what is run from the shell, once."""
 
@@ -102,6 +104,28 @@ class Prepared:
             piece_bytes=piece_bytes,
             cache_lines=not is_transformers_model(self.module),
             packed=self.checkpoint.packed,
+            stay_packed=self._stay_packed,
+        )
+
+    @cached_property
+    def _stay_packed(self) -> frozenset[str]:
+        """Matrices that stay packed in memory: those of linear layers in a model that generates, a token at a time."""
+        if not self.checkpoint.packed or not self.workload.max_new_tokens:
+            return frozenset()
+        units = [unit for unit in self.partition.units if len(unit.parameters) == 1]
+        return frozenset(unit.parameters[0] for unit in units if self._can_stay_packed(unit))
+
+    def _can_stay_packed(self, unit: Unit) -> bool:
+        module, source = self.module.get_submodule(unit.module), self.weights.sources[unit.parameters[0]]
+        return (
+            isinstance(module, nn.Linear)
+            and type(module).forward is nn.Linear.forward
+            and module.weight is self.module.get_parameter(unit.parameters[0])
+            and source.convert is None
+            and len(source.extents) == 1
+            and source.extents[0].file in self.checkpoint.packed
+            and torch_dtype(source.dtype) == module.weight.dtype
+            and can_stay_packed(module.weight.dtype, module.weight.shape)
         )
 
     def blocks(self, factory: LoadFactory, granularity: Granularity) -> tuple[list[Block], list[int]]:

@@ -1,0 +1,155 @@
+"""Products with packed matrices have the bits of torch's with unpacked ones."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from torch.nn import functional
+
+import hermes
+from hermes.checkpoint.chunks import ChunkRun, PackedFile, PackedTensor
+from hermes.checkpoint.decoder import encode_chunk, native
+from hermes.checkpoint.layout import CHUNK_ELEMENTS
+from hermes.checkpoint.pack import pack
+from hermes.memory.probe import resident_bytes
+from hermes.model import product
+from hermes.model.product import MOST_TOKENS, PackedRows, can_stay_packed, summing_block
+from hermes.pipeload import Place
+
+pytestmark = pytest.mark.skipif(native() is None, reason="the native decoder was not built")
+multiplies = pytest.mark.skipif(
+    native() is None or not native().can_multiply(), reason="a processor without bf16 dot products"
+)
+
+
+def packed_rows(weight: torch.Tensor, begin: int = 0, end: int | None = None) -> PackedRows:
+    """These rows of a matrix, bound to the chunks of it that hold them."""
+    rows, columns = weight.shape
+    end = rows if end is None else end
+    content = memoryview(weight.contiguous().view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
+    step = 2 * CHUNK_ELEMENTS
+    chunks = [
+        encode_chunk(content[i : i + step], "BF16", 2, number) for number, i in enumerate(range(0, len(content), step))
+    ]
+    places = np.cumsum([0, *map(len, chunks)], dtype=np.int64)
+    tensor = PackedTensor(name="w", path=None, item_bytes=2, begin=0, nbytes=len(content), places=places)  # type: ignore[arg-type]
+    run: ChunkRun = PackedFile(tensors=[tensor]).run(2 * begin * columns, 2 * (end - begin) * columns)
+    found = PackedRows(run, 0, (end - begin, columns))
+    whole = b"".join(chunks)
+    memory = torch.frombuffer(bytearray(b"." + whole[run.offset : run.offset + run.nbytes]), dtype=torch.uint8)
+    found.bind(lambda _: memory.untyped_storage(), [Place(resident=False, offset=1)])
+    return found
+
+
+def weights(rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * columns)
+    weight = torch.randn(rows, columns, generator=generator) / 50
+    weight[0, :5] = torch.tensor([0.0, -0.0, 3e38, 1e-40, -7.0])  # escapes, and numbers that kernels may flush
+    return weight.bfloat16()
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+SHAPES = [(16, 32), (100, 96), (256, 1024), (640, 576), (1000, 2080), (257, 4096)]
+
+
+@multiplies
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, MOST_TOKENS])
+def test_few_tokens(shape: tuple[int, int], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedRows, "_unpack_and_multiply", None)  # is not what is tested
+    weight = weights(*shape)
+    x = torch.randn(1, tokens, shape[1]).bfloat16()
+    bias = torch.randn(shape[0]).bfloat16()
+    for given in (None, bias):
+        if not summing_block(tokens, *shape, given is not None, torch.get_num_threads()):
+            pytest.skip("torch sums in another order here")
+        got = packed_rows(weight).linear(x, given)
+        assert got.shape == (1, tokens, shape[0])
+        assert same(got, functional.linear(x, weight, given))
+
+
+@multiplies
+def test_rows_that_begin_within_a_chunk() -> None:
+    weight = weights(600, 224)
+    x = torch.randn(3, 224).bfloat16()
+    got = packed_rows(weight, 301, 577).linear(x, None)
+    assert same(got, functional.linear(x, weight[301:577]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_many_tokens_and_unknown_orders(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "summing_block", lambda *_: 0)
+    weight = weights(*shape)
+    for tokens in (1, 40):
+        x = torch.randn(tokens, shape[1]).bfloat16()
+        assert same(packed_rows(weight).linear(x, None), functional.linear(x, weight))
+
+
+@multiplies
+def test_an_order_that_does_not_fit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer candidates, the one that torch uses not among them, none is found."""
+    summing_block.cache_clear()
+    found = summing_block(1, 64, 4096, True, torch.get_num_threads())
+    summing_block.cache_clear()
+    monkeypatch.setattr(product, "BLOCKS", [block for block in (32, 128, 768) if block != found])
+    try:
+        assert summing_block(1, 64, 4096, True, torch.get_num_threads()) in ({0, 4096} - {found} | {0})
+    finally:
+        summing_block.cache_clear()
+
+
+def test_what_cannot_stay_packed() -> None:
+    assert can_stay_packed(torch.bfloat16, (10, 64))
+    assert not can_stay_packed(torch.float32, (10, 64))
+    assert not can_stay_packed(torch.bfloat16, (10, 63))
+    assert not can_stay_packed(torch.bfloat16, (64,))
+
+
+def test_rows_that_are_not_there_are_not_multiplied() -> None:
+    rows = packed_rows(weights(16, 32))
+    rows.unbind()
+    with pytest.raises(RuntimeError, match="not in memory"):
+        rows.linear(torch.zeros(1, 32, dtype=torch.bfloat16), None)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model that generates, as it is and packed."""
+    root = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        hidden_size=192, intermediate_size=544, num_hidden_layers=2, num_attention_heads=4, vocab_size=9000,
+        max_position_embeddings=128, attention_bias=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(root / "plain")
+    pack(root / "plain", root / "packed")
+    return root / "plain", root / "packed"
+
+
+@pytest.mark.parametrize("resident", [0, None])
+@pytest.mark.parametrize("length", [7, 40])
+def test_generation_keeps_matrices_packed(pair: Any, resident: int | None, length: int) -> None:
+    plain, packed = pair
+    ids = torch.arange(3, 3 + length)[None]
+    expected = hf.LlamaForCausalLM.from_pretrained(plain).generate(ids, max_new_tokens=12, do_sample=False)
+    with hermes.load(
+        packed, budget=resident_bytes() + 600 * 2**20, sequence_length=length, resident_bytes=resident
+    ) as model:
+        assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), expected)
+        prepared = model.hermes.prepared
+        blocks, _ = prepared.blocks(prepared.factory(4096, 2**20), "leaf")
+        kept = [name for block in blocks for name, rows in block.matrices.items() if isinstance(rows, PackedRows)]
+        assert len(set(kept)) == 2 * 7 + 1
+
+
+def test_a_packed_matrix_that_is_used_elsewhere_is_unpacked(pair: Any) -> None:
+    plain, packed = pair
+    expected = hf.LlamaForCausalLM.from_pretrained(plain).model.layers[0].mlp.up_proj.weight
+    with hermes.load(packed, budget=resident_bytes() + 600 * 2**20, sequence_length=8) as model:
+        assert torch.equal(model.model.layers[0].mlp.up_proj.weight * 1, expected)
