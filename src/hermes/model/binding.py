@@ -16,8 +16,7 @@ from torch.nn import functional
 from hermes.errors import EngineError
 from hermes.memory.arena import Arena
 from hermes.model.blocks import Block, Bound, LoadFactory
-from hermes.model.product import PackedRows
-from hermes.model.units import Partition
+from hermes.model.units import Partition, Unit
 from hermes.pipeload import Load, Place
 
 __all__ = ["Binding", "BlockSource"]
@@ -90,12 +89,12 @@ class Binding:
         modules = dict(module.named_modules())
         self._forwards: list[nn.Module] = []
         for number, unit in enumerate(partition.units):
-            if unit.rows is None and isinstance(blocks[block_of_unit[number]].matrices.get(unit.module), PackedRows):
-                linear = cast(nn.Linear, modules[unit.module])
-                whole = (block_of_unit[number], (0, linear.out_features))
-                self._replace(linear, self._linear_forward(linear, unit.module, [whole]))
+            module, block = modules[unit.module], block_of_unit[number]
+            if unit.rows is None and isinstance(module, nn.Linear) and self._is_product(module, unit):
+                whole = (block, (0, module.out_features))
+                self._replace(module, self._linear_forward(module, unit.module, [whole]))
             elif unit.rows is None:
-                self._replace(modules[unit.module], self._unit_forward(modules[unit.module], block_of_unit[number]))
+                self._replace(module, self._unit_forward(module, block))
         for name in partition.rowwise:
             embedding = cast(nn.Embedding, modules[name])
             self._replace(embedding, self._rowwise_forward(embedding, f"{name}.weight" if name else "weight"))
@@ -166,6 +165,12 @@ class Binding:
         (bound,) = block.bound
         bound.bind(lambda _: storage, places)
         return cast(Bound, bound).live
+
+    def _is_product(self, module: nn.Linear, unit: Unit) -> bool:
+        """A linear layer that `product` computes: nothing but a matrix in bf16."""
+        plain = type(module).forward is nn.Linear.forward and module.weight.dtype == torch.bfloat16
+        weight = f"{unit.module}.weight" if unit.module else "weight"
+        return plain and unit.parameters == (self._factory.canonical(weight),)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         module.__dict__["forward"] = functools.wraps(module.forward)(forward)  # transformers reads its signature
