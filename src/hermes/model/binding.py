@@ -89,12 +89,12 @@ class Binding:
         modules = dict(module.named_modules())
         self._forwards: list[nn.Module] = []
         for number, unit in enumerate(partition.units):
-            module, block = modules[unit.module], block_of_unit[number]
-            if unit.rows is None and isinstance(module, nn.Linear) and self._is_product(module, unit):
-                whole = (block, (0, module.out_features))
-                self._replace(module, self._linear_forward(module, unit.module, [whole]))
+            inner, block = modules[unit.module], block_of_unit[number]
+            if unit.rows is None and isinstance(inner, nn.Linear) and self._is_product(inner, unit):
+                whole = (block, (0, inner.out_features))
+                self._replace(inner, self._linear_forward(inner, unit.module, [whole]))
             elif unit.rows is None:
-                self._replace(module, self._unit_forward(module, block))
+                self._replace(inner, self._unit_forward(inner, block))
         for name in partition.rowwise:
             embedding = cast(nn.Embedding, modules[name])
             self._replace(embedding, self._rowwise_forward(embedding, f"{name}.weight" if name else "weight"))
