@@ -16,9 +16,9 @@ from torch import nn
 from hermes.api import settle_plan
 from hermes.engine import Engine
 from hermes.errors import EngineError, InputError
+from hermes.fleet.source import EngineSource
 from hermes.memory.allocator import keep_heap_tight
-from hermes.memory.arena import Arena
-from hermes.pipeload import Load, Place
+from hermes.pipeload import Place
 from hermes.session import MARGIN_BYTES, prepare_module, start_session
 from hermes.units import format_bytes, parse_bytes
 
@@ -78,8 +78,10 @@ class Blocks:
             self.names: Sequence[str] = [block.name for block in blocks]
             self.block_bytes: Sequence[int] = [sum(load.slot_bytes for load in block.loads) for block in blocks]
             self.window_bytes = plan.ring_bytes
-            self._stop_at = _Boundary()
-            self._session = start_session(prepared, plan, reader, source=self._stop_at.around)
+            self._gate = _Gate()
+            self._session = start_session(
+                prepared, plan, reader, source=lambda engine: _GatedSource(engine, self._gate)
+            )
         except BaseException:
             reader.close()
             raise
@@ -91,14 +93,14 @@ class Blocks:
     @property
     def next_block(self) -> int | None:
         """Where the forward stands; None where none is under way. Blocks until it has come to a boundary."""
-        return self._stop_at.wait()
+        return self._gate.wait()
 
     def begin(self, *args: Any, **kwargs: Any) -> None:
         """Start a forward; it stops before its first block. Raises InputError while another one is under way."""
         if self._thread is not None:
             raise InputError("a forward is under way; run its blocks and take its result first")
         self._output = self._error = None
-        self._stop_at.begin()
+        self._gate.begin()
         self._thread = threading.Thread(target=self._run, args=(args, kwargs), name="hermes-blocks", daemon=True)
         self._thread.start()
 
@@ -121,8 +123,8 @@ class Blocks:
         if at != block:
             where = "no forward is under way; call begin()" if at is None else f"the forward comes to block {at} next"
             raise InputError(f"block {block} cannot run: {where}")
-        self._stop_at.let_go()
-        self._stop_at.wait()
+        self._gate.let_go()
+        self._gate.wait()
         if self._error is not None:
             raise self._error
 
@@ -151,7 +153,7 @@ class Blocks:
 
     def close(self) -> None:
         """End a forward under way, the agents and the memory. Idempotent."""
-        self._stop_at.cancel()
+        self._gate.cancel()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -178,26 +180,17 @@ class Blocks:
         except BaseException as error:
             self._error = error
         finally:
-            self._stop_at.end()
+            self._gate.end()
 
 
-class _Boundary:
-    """The engine as the model sees it, but for a gate before each block; the scheduler's thread opens it."""
+class _Gate:
+    """Where the forward's thread stands before each block; the scheduler's thread opens it."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._block: int | None = None  # that the forward stands at
         self._moving = False
         self._cancelled = False
-        self._engine: Engine | None = None
-
-    ring: Arena
-    store: Arena
-
-    def around(self, engine: Engine) -> Self:
-        """Be this engine."""
-        self._engine, self.ring, self.store = engine, engine.ring, engine.store
-        return self
 
     def begin(self) -> None:
         """The forward goes, up to its first block."""
@@ -228,8 +221,8 @@ class _Boundary:
             self._cancelled = True
             self._changed.notify_all()
 
-    def want(self, block: int) -> tuple[Place, ...]:
-        """Stand before the block until the gate opens."""
+    def stand(self, block: int) -> None:
+        """Be at this block until the gate opens. Raises EngineError if it is closed for good."""
         with self._changed:
             self._block, self._moving = block, False
             self._changed.notify_all()
@@ -237,30 +230,16 @@ class _Boundary:
                 if self._cancelled:
                     raise EngineError("the blocks were closed while a forward was under way")
                 self._changed.wait()
-        return self._own.want(block)
 
-    @property
-    def _own(self) -> Engine:
-        if self._engine is None:
-            raise EngineError("no engine yet")
-        return self._engine
 
-    def start(self) -> list[Place]:
-        """As the engine's."""
-        return self._own.start()
+class _GatedSource(EngineSource):
+    """An engine behind the gate."""
 
-    def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
-        """As the engine's."""
-        self._own.fetch(loads)
+    def __init__(self, engine: Engine, gate: _Gate) -> None:
+        super().__init__(engine)
+        self._gate = gate
 
-    def take(self, nbytes: int) -> Arena:
-        """As the engine's."""
-        return self._own.take(nbytes)
-
-    def begin_pass(self, heap_bytes: int = 0) -> None:
-        """As the engine's."""
-        self._own.begin_pass(heap_bytes)
-
-    def end_pass(self) -> None:
-        """As the engine's."""
-        self._own.end_pass()
+    def want(self, block: int) -> tuple[Place, ...]:
+        """As the engine's, once the gate is open."""
+        self._gate.stand(block)
+        return super().want(block)

@@ -20,13 +20,17 @@ PIECE_BYTES = 8 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A model with its plan, as the prediction sees it. For each block: slot and read bytes of its loads, seconds."""
+    """A model with its plan, as the prediction sees it. For each block: slot and read bytes of its loads, seconds.
+
+    `least_bytes` of its quota are in use whatever it gives back.
+    """
 
     slots: Sequence[Sequence[int]]
     reads: Sequence[Sequence[int]]
     block_seconds: Sequence[float]
     resident: Sequence[Set[int]]
     ring_bytes: int
+    least_bytes: int
     patience_seconds: float
 
     @property
