@@ -11,7 +11,7 @@ from torch import nn
 from hermes.errors import BudgetError, InputError
 from hermes.fleet.disk import DiskTurns
 from hermes.fleet.lanes import Lanes, drop_kernel_threads
-from hermes.fleet.measuring import SCRATCH_SLOTS, SLACK_BYTES, factory_of, measure_candidate
+from hermes.fleet.measuring import SCRATCH_SLOTS, SLACK_BYTES, factory_of, measure_candidate, measure_turn
 from hermes.fleet.members import Candidate
 from hermes.fleet.plan import FleetPlan, plan_fleet
 from hermes.fleet.report import FleetReport, ModelReport, make_report
@@ -84,6 +84,7 @@ class Fleet:
         self._shares: Shares | None = None
         self._lanes = Lanes()
         self._floor_bytes = 0
+        self._turn_seconds = 0.0
         self._changing = threading.RLock()  # one add, remove or start at a time
         self._closed = False
 
@@ -194,6 +195,7 @@ class Fleet:
             if self._plan is None:
                 if not self._candidates:
                     raise InputError("the fleet has no models; add some first")
+                self._turn_seconds = measure_turn() if len(self._candidates) > 1 else 0.0
                 trim_heap()
                 self._floor_bytes = resident_bytes()
                 self._settle()
@@ -300,6 +302,7 @@ class Fleet:
             margin_bytes=MARGIN_BYTES,
             floor_bytes=self._floor_bytes,
             slack_bytes=SLACK_BYTES,
+            turn_seconds=self._turn_seconds,
             policy=self._policy,
             max_active=self._max_active,
         )

@@ -1,6 +1,8 @@
 """What a model costs in a fleet, by a few calls of it: seconds of its blocks, and memory besides weights."""
 
+import statistics
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +19,7 @@ from hermes.model.blocks import LoadFactory
 from hermes.plan import Problem
 from hermes.session import HEAP_SLACK_BYTES, Prepared, measure_calls
 
-__all__ = ["PIECE_BYTES", "SCRATCH_SLOTS", "SLACK_BYTES", "factory_of", "measure_candidate"]
+__all__ = ["PIECE_BYTES", "SCRATCH_SLOTS", "SLACK_BYTES", "factory_of", "measure_candidate", "measure_turn"]
 
 PIECE_BYTES = 8 * 2**20
 SLACK_BYTES = 16 * 2**20
@@ -29,6 +31,9 @@ WATCHED_CALL = 2
 """The first one fills the window, too."""
 ROUNDS = 4
 CROWDED_ROUNDS = 2
+TURNS = 24
+TURN_PIXELS, TURN_WEIGHT = (1, 64, 56, 56), (64, 64, 3, 3)
+"""A convolution of a millisecond or two."""
 ELEMENTS = 2**20
 """Enough of them for a kernel on all cores."""
 
@@ -78,6 +83,28 @@ def measure_candidate(
         importance=importance,
         deadline_seconds=deadline_seconds,
     )
+
+
+def measure_turn() -> float:
+    """Seconds that a kernel takes longer on a thread that has just been handed the turn than on the one that had it.
+
+    The system wakes the other team's threads where the last one's still are, and parts them after a while.
+    """
+    pixels, weight = torch.ones(TURN_PIXELS), torch.ones(TURN_WEIGHT)
+
+    def kernel() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            torch.nn.functional.conv2d(pixels, weight, padding=1)
+        return time.perf_counter() - start
+
+    drop_kernel_threads()
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        same, turns = (
+            statistics.median([pool.submit(kernel).result() for _ in range(TURNS) for pool in pools][TURNS // 2 :])
+            for pools in ((one, one), (one, other))
+        )
+    return max(0.0, turns - same)
 
 
 def factory_of(prepared: Prepared) -> LoadFactory:

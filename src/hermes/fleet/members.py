@@ -27,6 +27,8 @@ WINDOWS: tuple[Window, ...] = (
     ("leaf", 1.0), ("leaf", 1.5), ("leaf", 2.0), ("leaf", 3.0), ("half", 1.0), ("layer", 1.0)
 )  # fmt: skip
 TRIED_ALONE: tuple[Window, ...] = (("leaf", 1.0), ("leaf", 2.0), ("leaf", 4.0))
+WORTH_WINDOW = 0.995
+"""A larger one must bring that: what it holds is read again in each pass."""
 STEPS = 6
 """Quotas of a model that are tried, between the least it can do with and all it has."""
 ROUNDS = 3
@@ -175,14 +177,15 @@ def _curve(candidate: Candidate, others: Member, rate: float) -> list[Worth]:
     curve: list[Worth] = []
     for step in range(STEPS + 1):
         quota = least + (most - least) * step // STEPS
-        tried = []
-        for number, window in enumerate(TRIED_ALONE):
+        best: tuple[float, Window] | None = None
+        for window in TRIED_ALONE:
             if need_of(candidate.problem, window).least_bytes <= quota:
                 member = make_member(candidate, quota, window, rate, patience_seconds=1.0, slowdown=1.0)
-                tried.append((_seconds(member, others, rate), number))
-        found = min(tried, default=None)
-        if found is not None and (not curve or found[0] < curve[-1].seconds):
-            curve.append(Worth(nbytes=quota, seconds=found[0], window=TRIED_ALONE[found[1]]))
+                seconds = _seconds(member, others, rate)
+                if best is None or seconds < WORTH_WINDOW * best[0]:
+                    best = (seconds, window)
+        if best is not None and (not curve or best[0] < curve[-1].seconds):
+            curve.append(Worth(nbytes=quota, seconds=best[0], window=best[1]))
     return curve
 
 

@@ -20,6 +20,8 @@ TILTS = (0.0, 1.0, -0.5)
 PIECE_BYTES = 2**20
 """Reads are multiples of it; two for each agent should fit the window."""
 WORTH_SWITCHING = 0.98
+WORTH_CROWDING = 0.95
+"""The same for more requests at once: what company costs is measured least well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class FleetPlan:
         plans: each model's own, within its quota.
         members: the same for predictions.
         bytes_per_second: of the disk.
+        turn_seconds: that it costs when another model's thread computes next.
         num_reads: at a time.
         round_seconds: predicted of a steady round, one request of each model, for each policy that was tried.
         bound_seconds: of such a round: what computing takes, or reading what must be read again; the longer.
@@ -53,6 +56,7 @@ class FleetPlan:
     plans: Mapping[str, Plan]
     members: Mapping[str, Member]
     bytes_per_second: float
+    turn_seconds: float
     num_reads: int
     round_seconds: Mapping[Policy, float]
     bound_seconds: float
@@ -60,7 +64,12 @@ class FleetPlan:
     def predict(self, requests: Mapping[str, int], *, policy: Policy | None = None) -> FleetPrediction:
         """Of a closed loop of so many requests of each model."""
         return predict(
-            self.members, requests, self.bytes_per_second, policy=policy or self.policy, max_active=self.max_active
+            self.members,
+            requests,
+            self.bytes_per_second,
+            policy=policy or self.policy,
+            max_active=self.max_active,
+            turn_seconds=self.turn_seconds,
         )
 
 
@@ -91,6 +100,7 @@ def plan_fleet(
     margin_bytes: int,
     floor_bytes: int,
     slack_bytes: int,
+    turn_seconds: float = 0.0,
     policy: Policy | None = None,
     max_active: int | None = None,
 ) -> FleetPlan:
@@ -103,6 +113,7 @@ def plan_fleet(
         margin_bytes: part of the limit that is not planned with.
         floor_bytes: the process before any weight.
         slack_bytes: of heap, besides activations.
+        turn_seconds: lost whenever another model's thread computes next.
         policy: of the turns, else the better one.
         max_active: requests under way at once, else what is best.
 
@@ -122,8 +133,10 @@ def plan_fleet(
     def take(way: _Way, shares: Mapping[str, tuple[int, Window]] | None) -> None:
         nonlocal best
         if shares is not None:
-            tried = _try(candidates, way, shares, rate)
-            if best is None or tried.seconds < WORTH_SWITCHING * best.seconds:
+            tried = _try(candidates, way, shares, rate, turn_seconds)
+            if best is None or tried.seconds < best.seconds * (
+                WORTH_SWITCHING if way.max_active <= best.way.max_active else WORTH_CROWDING
+            ):
                 best = tried
 
     for way in ways:
@@ -139,7 +152,9 @@ def plan_fleet(
         curves = worth(candidates, quotas, rate)
         for way in ways:
             take(way, cheapest(candidates, curves, way.weight_bytes))
-    return _finish(candidates, best, budget_bytes, limit_bytes, floor_bytes, slack_bytes, rate, bandwidth, policy)
+    return _finish(
+        candidates, best, budget_bytes, limit_bytes, floor_bytes, slack_bytes, rate, turn_seconds, bandwidth, policy
+    )
 
 
 def _ways(
@@ -188,7 +203,11 @@ def _even(
 
 
 def _try(
-    candidates: Mapping[str, Candidate], way: _Way, shares: Mapping[str, tuple[int, Window]], rate: float
+    candidates: Mapping[str, Candidate],
+    way: _Way,
+    shares: Mapping[str, tuple[int, Window]],
+    rate: float,
+    turn_seconds: float,
 ) -> _Tried:
     """Predict it; what bytes the shares leave go to all alike first."""
     needs = {name: need_of(candidates[name].problem, window) for name, (_, window) in shares.items()}
@@ -199,6 +218,8 @@ def _try(
     room = {name: float(need.most_bytes - need.least_bytes) for name, need in wanted.items()}
     quotas = divide(way.weight_bytes, wanted, room)
     everyone = sum(one.compute_seconds for one in candidates.values())
+    # Of all together: the figure of each is a difference of two small ones.
+    crowding = sum(one.crowding * one.compute_seconds for one in candidates.values()) / max(everyone, 1e-9)
     members = {
         name: make_member(
             candidate,
@@ -206,11 +227,18 @@ def _try(
             shares[name][1],
             rate,
             patience_seconds=candidate.deadline_seconds or everyone / candidate.importance,
-            slowdown=candidate.crowding if way.max_active > 1 else 1.0,
+            slowdown=crowding if way.max_active > 1 else 1.0,
         )
         for name, candidate in candidates.items()
     }
-    prediction = predict(members, dict.fromkeys(candidates, ROUNDS), rate, policy=way.policy, max_active=way.max_active)
+    prediction = predict(
+        members,
+        dict.fromkeys(candidates, ROUNDS),
+        rate,
+        policy=way.policy,
+        max_active=way.max_active,
+        turn_seconds=turn_seconds,
+    )
     return _Tried(
         way=way,
         quotas=quotas,
@@ -245,6 +273,7 @@ def _finish(
     floor_bytes: int,
     slack_bytes: int,
     rate: float,
+    turn_seconds: float,
     bandwidth: Bandwidth,
     policy: Policy | None,
 ) -> FleetPlan:
@@ -255,7 +284,14 @@ def _finish(
     seconds = {}
     for one in POLICIES if policy is None else (policy,):
         cold, warm = (
-            predict(best.members, dict.fromkeys(candidates, rounds), rate, policy=one, max_active=best.way.max_active)
+            predict(
+                best.members,
+                dict.fromkeys(candidates, rounds),
+                rate,
+                policy=one,
+                max_active=best.way.max_active,
+                turn_seconds=turn_seconds,
+            )
             for rounds in (ROUNDS, 2 * ROUNDS)
         )
         seconds[one] = (warm.makespan_seconds - cold.makespan_seconds) / ROUNDS
@@ -278,6 +314,7 @@ def _finish(
         plans=plans,
         members=best.members,
         bytes_per_second=rate,
+        turn_seconds=turn_seconds,
         num_reads=bandwidth.num_agents,
         round_seconds=seconds,
         bound_seconds=max(reading, sum(candidate.compute_seconds for candidate in candidates.values())),
