@@ -126,18 +126,21 @@ def _alternatives(reference: dict, rows: list[dict]) -> list[str]:
     resident = reference["resident"]["requests"] / reference["resident"]["seconds"]
     lines = []
     for key, what in (
-        ("reload", "Each model loaded anew for each request (safetensors, plain modules)"),
-        ("accelerate", "Each model in accelerate's disk offload"),
+        (
+            "reload",
+            "Each model loaded anew for each request (safetensors, plain modules), in the cgroup of SwapNet's cap",
+        ),
+        ("accelerate", "Each model in accelerate's disk offload, without a cap"),
     ):
         other = reference.get(key)
         if other is None or not rates:
             continue
         if "error" in other:
-            lines.append(f"{what}, in the cgroup of SwapNet's cap: {other['error']}.")
+            lines.append(f"{what}: {other['error']}.")
             continue
         rate = other["requests"] / other["seconds"]
         lines.append(
-            f"{what}, in the cgroup of SwapNet's cap: {rate:.2f} requests a second{_disturbed(other)}; the better "
+            f"{what}: {rate:.2f} requests a second{_disturbed(other)}; the better "
             f"policy {max(rates):.2f}, {max(rates) / rate:.1f} times as many. All resident, without a cap: "
             f"{resident:.2f}, {resident / rate:.1f} times: what computing alone allows."
         )

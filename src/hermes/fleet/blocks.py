@@ -18,7 +18,7 @@ from hermes.engine import Engine
 from hermes.errors import EngineError, InputError
 from hermes.fleet.source import EngineSource
 from hermes.memory.allocator import keep_heap_tight
-from hermes.pipeload import Place
+from hermes.pipeload import Place, smallest_ring
 from hermes.session import MARGIN_BYTES, prepare_module, start_session
 from hermes.units import format_bytes, parse_bytes
 
@@ -45,10 +45,12 @@ class Blocks:
         budget: of this process; what it leaves is the window that loaded blocks share.
         example_args: of the module's forward; needed to know the blocks in their order.
         example_kwargs: likewise.
+        window: what loaded blocks may take, if not all that the budget leaves: where several of these share a process,
+            each has the budget of all, and a window of its own.
         granularity: "leaf" (a layer with parameters), "half", or "layer" (a repeated part of the module).
         matrix_bytes: matrices of linear layers above this become several blocks, ranges of rows.
 
-    Raises BudgetError, CheckpointError, ModelError. Not thread-safe: one scheduler drives it.
+    Raises BudgetError, CheckpointError, ModelError, InputError. Not thread-safe: one scheduler drives it.
     """
 
     def __init__(
@@ -59,13 +61,18 @@ class Blocks:
         *,
         example_args: tuple[Any, ...],
         example_kwargs: Mapping[str, Any] | None = None,
+        window: str | int | None = None,
         granularity: str = "layer",
-        matrix_bytes: int | None = None,
+        matrix_bytes: str | int | None = None,
     ) -> None:
         keep_heap_tight()
         self._module = module.eval()
         prepared = prepare_module(
-            module, checkpoint, args=example_args, kwargs=example_kwargs, matrix_bytes=matrix_bytes
+            module,
+            checkpoint,
+            args=example_args,
+            kwargs=example_kwargs,
+            matrix_bytes=None if matrix_bytes is None else parse_bytes(matrix_bytes),
         )
         reader = prepared.reader()
         try:
@@ -73,11 +80,17 @@ class Blocks:
                 prepared, reader, parse_bytes(budget), granularity=granularity, resident_bytes=0, sequential=True
             )
             spare = plan.limit_bytes - MARGIN_BYTES - plan.peak_bytes
-            plan = replace(plan, ring_bytes=plan.ring_bytes + max(0, spare) // 4096 * 4096)
+            ring_bytes = plan.ring_bytes + max(0, spare)
+            if window is not None:
+                ring_bytes = min(ring_bytes, parse_bytes(window))
+            plan = replace(plan, ring_bytes=ring_bytes // 4096 * 4096)
             blocks, _ = prepared.blocks(prepared.factory(reader.alignment, plan.piece_bytes), granularity)  # type: ignore[arg-type]
             self.names: Sequence[str] = [block.name for block in blocks]
             self.block_bytes: Sequence[int] = [sum(load.slot_bytes for load in block.loads) for block in blocks]
             self.window_bytes = plan.ring_bytes
+            needed = smallest_ring([load.slot_bytes for load in block.loads] for block in blocks)
+            if needed > plan.ring_bytes:
+                raise InputError(f"the largest block needs a window of {format_bytes(needed)}, not {window}")
             self._gate = _Gate()
             self._session = start_session(
                 prepared, plan, reader, source=lambda engine: _GatedSource(engine, self._gate)

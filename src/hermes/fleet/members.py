@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from hermes.fleet.predict import Member, predict
 from hermes.fleet.quota import Need
 from hermes.pipeload import smallest_ring
-from hermes.plan import Problem, spread
+from hermes.plan import Bandwidth, Problem, spread
 
 __all__ = [
     "WINDOWS",
     "Candidate",
     "Window",
     "Worth",
+    "best_bandwidth",
     "cheapest",
     "make_member",
     "need_of",
@@ -32,6 +33,7 @@ WORTH_WINDOW = 0.995
 STEPS = 6
 """Quotas of a model that are tried, between the least it can do with and all it has."""
 ROUNDS = 3
+AS_FAST = 0.9
 REST = "the others"
 MOST_KEPT = 12
 """Blocks that may stay for the sake of a smaller window."""
@@ -79,9 +81,18 @@ def slots_of(problem: Problem, granularity: str) -> list[list[int]]:
     return [[n for unit in block for n in problem.units[unit].slot_bytes] for block in problem.groups[granularity]]
 
 
+def best_bandwidth(bandwidths: Sequence[Bandwidth]) -> Bandwidth:
+    """That of the fewest agents that read about as fast as any: each one that wakes takes time from who computes."""
+    best = max(b.bytes_per_second for b in bandwidths)
+    return min(
+        (b for b in bandwidths if b.bytes_per_second >= AS_FAST * best),
+        key=lambda b: (b.num_agents, -b.bytes_per_second),
+    )
+
+
 def num_agents(problem: Problem) -> int:
-    """As many as read fastest."""
-    return max(problem.bandwidths, key=lambda b: b.bytes_per_second).num_agents
+    """Loading Agents of the model."""
+    return best_bandwidth(problem.bandwidths).num_agents
 
 
 def need_of(problem: Problem, window: Window) -> Need:

@@ -4,7 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hermes.errors import BudgetError
-from hermes.fleet.members import WINDOWS, Candidate, Window, cheapest, make_member, need_of, num_agents, slots_of, worth
+from hermes.fleet.members import (
+    WINDOWS,
+    Candidate,
+    Window,
+    best_bandwidth,
+    cheapest,
+    make_member,
+    need_of,
+    num_agents,
+    slots_of,
+    worth,
+)
 from hermes.fleet.predict import FleetPrediction, Member, predict
 from hermes.fleet.quota import Need, divide
 from hermes.fleet.schedule import POLICIES, Policy
@@ -120,10 +131,7 @@ def plan_fleet(
     Raises:
         BudgetError: with the smallest budget that works.
     """
-    bandwidth = max(
-        (b for candidate in candidates.values() for b in candidate.problem.bandwidths),
-        key=lambda b: b.bytes_per_second,
-    )
+    bandwidth = best_bandwidth([b for candidate in candidates.values() for b in candidate.problem.bandwidths])
     free = limit_bytes - margin_bytes - floor_bytes - slack_bytes
     rates = sorted(max(b.bytes_per_second for b in candidate.problem.bandwidths) for candidate in candidates.values())
     rate = rates[len(rates) // 2]
