@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -48,9 +49,10 @@ def main() -> None:
     parser.add_argument("weights", type=Path)
     parser.add_argument("scenarios", nargs="*", default=list(SCENARIOS))
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--caps", nargs="+", default=["paper", "25", "40", "60", "80"])
+    parser.add_argument("--caps", nargs="*", default=["paper", "25", "40", "60", "80"])
     parser.add_argument("--policies", nargs="+", default=["round-robin", "deadline"])
     parser.add_argument("--baselines", action="store_true", help="measure what is compared with again")
+    parser.add_argument("--beside", action="store_true", help="what reading alone takes of the cores")
     parser.add_argument("--peer", help="a Python that has accelerate")
     parser.add_argument("--delays", action="store_true", help="fit the delay model of each CNN first")
     parser.add_argument("--table", action="store_true", help="make the page only")
@@ -90,6 +92,12 @@ def measure(scenario: str, options: argparse.Namespace, document: dict) -> None:
     if options.baselines or "reload" not in known:
         known["reload"] = quiet(options.weights, limit_bytes, what="reload", scenario=scenario, rounds=4)
         save()
+    if options.beside:
+        weight_bytes = sum(known["weight_bytes"].values())
+        read_bytes = weight_bytes - paper * MIB + max(known["activation_bytes"].values())
+        if read_bytes > 0:
+            known["beside"] = quiet(options.weights, what="beside", scenario=scenario, rounds=10, read_bytes=read_bytes)
+            save()
     if options.peer and (options.baselines or "seconds" not in known.get("accelerate", {})):
         # Without a cap: writing its files takes more than that.
         known["accelerate"] = quiet(
@@ -349,6 +357,62 @@ def resident(weights: Path, *, scenario: str, rounds: int) -> dict:
             "disturbed": watch.disturbed}  # fmt: skip
 
 
+def beside(weights: Path, *, scenario: str, rounds: int, read_bytes: int) -> dict:
+    """The resident modules once more, alone and beside a thread that does nothing but read so much in each round.
+
+    What reading takes of the cores, whoever reads; in two sizes of pieces.
+    """
+    import torch
+    from cnns import MODELS
+    from pictures import paint, tensor_of
+    from safetensors.torch import load_file
+
+    from hermes.memory.arena import Arena
+
+    names = SCENARIOS[scenario][1]
+    modules = {}
+    for kind in names:
+        modules[kind] = MODELS[kind].build()
+        modules[kind].load_state_dict(load_file(weights / f"{kind}.safetensors"))
+    inputs = {kind: tensor_of(paint(SCENES[0]), MODELS[kind].side) for kind in names}
+    largest = max((weights / f"{kind}.safetensors" for kind in names), key=lambda path: path.stat().st_size)
+    file = os.open(largest, os.O_RDONLY | os.O_DIRECT)
+    memory = Arena(64 * MIB)
+    memory.touch()
+    asked: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        position = 0
+        while (piece := asked.get()) is not None:
+            nbytes, count = piece
+            for _ in range(count):
+                position = (position + nbytes) % (largest.stat().st_size // nbytes * nbytes)
+                target = position % (64 * MIB)
+                os.preadv(file, [memory.view[target : target + nbytes]], position)
+
+    def loop(piece_bytes: int) -> list[float]:
+        seconds = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            for kind in names:
+                if piece_bytes:
+                    asked.put((piece_bytes, read_bytes // len(names) // piece_bytes))
+                modules[kind](inputs[kind])
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with torch.no_grad(), Watch() as watch:
+        loop(0)
+        found: dict[str, list[float]] = {}
+        for piece_bytes in (0, 8 * MIB, 2 * MIB, MIB, 0):
+            found.setdefault(str(piece_bytes), []).extend(loop(piece_bytes))
+    asked.put(None)
+    reader.join()
+    return {"round_seconds": found, "read_bytes": read_bytes, "disturbed": watch.disturbed}
+
+
 def reload(weights: Path, *, scenario: str, rounds: int) -> dict:
     """Each model alone, loaded anew for each request: what fits any cap that the largest model fits."""
     import gc
@@ -424,7 +488,7 @@ def commit() -> str:
 
 
 CHILDREN = {"probe": probe, "fleet": fleet_run, "resident": resident, "reload": reload, "accelerate": accelerate,
-            "delays": delays}  # fmt: skip
+            "delays": delays, "beside": beside}  # fmt: skip
 
 if __name__ == "__main__":
     main()

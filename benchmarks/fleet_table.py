@@ -77,25 +77,44 @@ def _scenario(scenario: str, reference: dict, rows: list[dict]) -> list[str]:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     fine = [row for row in rows if "error" not in row]
     lines += ["", *_latencies(reference, fine, names), "", *_memory(scenario, reference, fine, names), ""]
-    return [*lines, *_alternatives(reference, fine), ""]
+    return [*lines, *_alternatives(reference, fine), *_beside(reference), ""]
+
+
+def _beside(reference: dict) -> list[str]:
+    """What reading takes of cores that compute all the time."""
+    found = reference.get("beside")
+    if found is None:
+        return []
+    alone = min(found["round_seconds"]["0"])
+    cells = [
+        f"{min(seconds) / alone - 1:+.1%} in pieces of {int(piece) // MIB} MiB"
+        for piece, seconds in found["round_seconds"].items()
+        if piece != "0"
+    ]
+    return [
+        "",
+        f"Reading hides behind computing, but not from the cores: resident modules beside a thread that only reads "
+        f"{found['read_bytes'] / MIB:.0f} MiB a round, what has no room under SwapNet's cap, take {', '.join(cells)} "
+        f"longer (fastest of ten rounds each){_disturbed(found)}.",
+    ]
 
 
 def _latencies(reference: dict, rows: list[dict], names: list[str]) -> list[str]:
     """What a request takes once it has begun, and from being sent."""
-    everyone = sum(statistics.fmean(one) for one in reference["resident"]["model_seconds"])
+    everyone = sum(statistics.median(one) for one in reference["resident"]["model_seconds"])
     lines = [
-        "Latency of a request, ms, on average: from its beginning to its answer, against the resident module alone; in",
+        "Latency of a request, ms, medians: from its beginning to its answer, against the resident module alone; in",
         f"brackets from being sent, with the others' turns (resident, in the same loop: {1e3 * everyone:.0f}).",
         "",
         "| model | resident | " + " | ".join(_head(row) for row in rows) + " |",
         "|---" * (len(rows) + 2) + "|",
     ]
     for index, name in enumerate(names):
-        alone = 1e3 * statistics.fmean(reference["resident"]["model_seconds"][index])
+        alone = 1e3 * statistics.median(reference["resident"]["model_seconds"][index])
         cells = []
         for row in rows:
             one = row["models"][name]
-            served, sent = (1e3 * statistics.fmean(one[key]) for key in ("served_seconds", "latency_seconds"))
+            served, sent = (1e3 * statistics.median(one[key]) for key in ("served_seconds", "latency_seconds"))
             cells.append(f"{served:.0f}, {served - alone:+.0f} ({sent:.0f})")
         lines.append(f"| {name} | {alone:.0f} | " + " | ".join(cells) + " |")
     return lines
