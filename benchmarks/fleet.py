@@ -41,7 +41,7 @@ RESULTS = ROOT / "docs" / "fleet.json"
 WARM_ROUNDS = len(SCENES)
 QUIET = 0.03
 """Of the cores' time, that other processes may take during a run."""
-ATTEMPTS = 1
+ATTEMPTS = 2
 
 
 def main() -> None:
