@@ -17,6 +17,7 @@ from hermes.errors import EngineError
 from hermes.memory.arena import Arena
 from hermes.model.blocks import Block, Bound, LoadFactory
 from hermes.model.product import PackedRows
+from hermes.model.quantized import QuantizedRows
 from hermes.model.units import Partition
 from hermes.pipeload import Load, Place
 
@@ -90,7 +91,8 @@ class Binding:
         modules = dict(module.named_modules())
         self._forwards: list[nn.Module] = []
         for number, unit in enumerate(partition.units):
-            if unit.rows is None and isinstance(blocks[block_of_unit[number]].matrices.get(unit.module), PackedRows):
+            matrix = blocks[block_of_unit[number]].matrices.get(unit.module)
+            if unit.rows is None and isinstance(matrix, PackedRows | QuantizedRows):
                 linear = cast(nn.Linear, modules[unit.module])
                 whole = (block_of_unit[number], (0, linear.out_features))
                 self._replace(linear, self._linear_forward(linear, unit.module, [whole]))
