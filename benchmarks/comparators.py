@@ -31,6 +31,11 @@ def script(name: str, *more: str) -> Callable[[Path, int], list[str]]:
     return lambda model, cap: [f"{name}.py", str(model), *more]
 
 
+def packed(model: Path) -> Path:
+    """Where its packed copy is."""
+    return model.with_name(f"{model.name}.packed")
+
+
 SPLIT = ("pipelines.py", "pipeswitch", "safetensors", "1", "--split")
 
 PEERS = {
@@ -38,6 +43,13 @@ PEERS = {
     "hermes-nothing-resident": Peer(
         what="Hermes, no weight kept between passes",
         command=lambda model, cap: ["hermes_run.py", str(model), str(cap), "nothing-resident"],
+    ),
+    "hermes-packed": Peer(
+        what="Hermes, packed without loss",
+        command=lambda model, cap: ["hermes_run.py", str(packed(model)), str(cap)],
+        prepare=("pack_weights.py",),
+        leaves="packed",
+        only=("gpt-j-6b", "llama-3b"),
     ),
     "baseline": Peer(what="transformers, all loaded first", command=script("resident")),
     "pipeswitch-torch": Peer(

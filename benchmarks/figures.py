@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "hermes", "font.size": 9}
-COLOURS = dict(zip(PEERS, [*matplotlib.colormaps["tab20"].colors[::2], "black"], strict=False))
+COLOURS = dict(zip(PEERS, [*matplotlib.colormaps["tab20"].colors[::2], "black", "gold"], strict=True))
 
 
 def latency(rows: list[dict], path: Path, title: str) -> bool:
@@ -36,7 +36,7 @@ def latency(rows: list[dict], path: Path, title: str) -> bool:
         for peer in PEERS:
             points = sorted((x_of(row), median(row["runs"], field)) for row in chosen if row["peer"] == peer)
             if points:
-                thick = 2.5 if peer == "hermes" else 1.2
+                thick = 2.5 if peer in ("hermes", "hermes-packed") else 1.2
                 axis.plot(*zip(*points, strict=True), "o-", ms=4, lw=thick, color=COLOURS[peer], label=PEERS[peer].what)
         axis.set(title=name, xlabel=x_name, ylabel="seconds", yscale="log")
         if x_of is disk_rate:

@@ -52,6 +52,13 @@ def disk_number(disk: str) -> float:
     return float("inf") if disk == "free" else float(disk)
 
 
+PACKED = (
+    ("llama-3b", "3GiB", "hermes", 1.5), ("llama-3b", "3GiB", "llama.cpp", 3.0), ("llama-3b", "100", "llama.cpp", 1.0),
+    ("gpt-j-6b", "4GiB", "hermes", 1.0), ("gpt-j-6b", "4GiB", "accelerate", 3.0),
+)  # fmt: skip
+"""Model, cap, who is left behind by packed weights, and how many times at least."""
+
+
 def targets(rows: Rows, batch: list[Row], predictions: list[Row]) -> list[str]:
     """What was asked of every measurement, and what came out: the number, at the cap it was taken."""
     lines = ["## Against the targets", "", "| target | where | measured | asked | |", "|---|---|---|---|---|"]
@@ -70,6 +77,11 @@ def targets(rows: Rows, batch: list[Row], predictions: list[Row]) -> list[str]:
         for theirs in rows.where(model="llama-3b", peer=peer, disk="free"):
             if ours := rows.one(model="llama-3b", peer="hermes", cap=theirs["cap"], disk="free"):
                 line(f"decoding, {PEERS[peer].what}", place(ours), ratio(theirs, ours, "steady_seconds"), asked)
+    for model, cap, peer, asked in PACKED:
+        ours = rows.one(model=model, peer="hermes-packed", cap=cap, disk="free")
+        theirs = rows.one(model=model, peer=peer, cap=cap, disk="free")
+        if ours and theirs:
+            line(f"packed, against {PEERS[peer].what}", place(ours), ratio(theirs, ours, "steady_seconds"), asked)
     for model in ENCODERS:
         for theirs in rows.where(model=model, peer="accelerate", disk="free"):
             ours = rows.one(model=model, peer="hermes", cap=theirs["cap"], disk="free")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import figures
 import results
-from comparators import HERE, PEERS, Peer, prepare, python_of
+from comparators import HERE, PEERS, Peer, packed, prepare, python_of
 from conditions import (
     DISKS,
     DOCS,
@@ -109,6 +109,9 @@ def measure(
         for disk in disks:
             if any(peer.startswith("hermes") for peer in peers):
                 profile(name, model, disk)
+            if "hermes-packed" in peers and name in PEERS["hermes-packed"].only:
+                prepare(PEERS["hermes-packed"], model)
+                profile(f"{name}.packed", packed(model), disk)
             floor = floor or floor_bytes(model)
             for cap, cap_bytes in caps_of(model, caps, floor).items():
                 found: dict[str, list[dict]] = {}

@@ -89,15 +89,29 @@ nb::tuple with_matrix(Address chunks, size_t nbytes, nb::handle places, u32 numb
   return nb::make_tuple(int(result.fault), result.chunk);
 }
 
-nb::tuple multiply_rows(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
-                        size_t columns, Address x, size_t tokens, Address bias, size_t block, Address y,
-                        size_t y_stride, nb::handle scratch, unsigned threads) {
-  const Buffer aside(scratch, PyBUF_WRITABLE);
+Product product(Address x, size_t tokens, size_t columns, Address bias, size_t block, Address y, size_t y_stride) {
   if (!can_multiply()) throw nb::value_error("no bf16 products on this processor");
-  if (columns % 32 || block == 0 || block % 32 || aside.size() < scratch_bytes(tile_rows(columns), columns, threads))
-    throw nb::value_error("columns and block are not multiples of 32, or too little to work in");
+  if (columns == 0 || columns % 32 || block == 0 || block % 32)
+    throw nb::value_error("columns and block are no multiples of 32");
+  return {at(x), tokens, columns, at(bias), block, at(y), y_stride};
+}
+
+void multiply_rows(Address weights, size_t rows, size_t columns, Address x, size_t tokens, Address bias, size_t block,
+                   Address y, size_t y_stride, unsigned threads) {
+  const Product what = product(x, tokens, columns, bias, block, y, y_stride);
+  nb::gil_scoped_release release;
+  multiply(what, at(weights), rows, threads);
+}
+
+nb::tuple multiply_packed(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
+                          size_t columns, Address x, size_t tokens, Address bias, size_t block, Address y,
+                          size_t y_stride, nb::handle scratch, unsigned threads) {
+  const Product what = product(x, tokens, columns, bias, block, y, y_stride);
+  const Buffer aside(scratch, PyBUF_WRITABLE);
+  if (aside.size() < scratch_bytes(tile_rows(columns), columns, threads))
+    throw nb::value_error("too little to work in");
   return with_matrix(chunks, nbytes, places, number, skip, rows, columns, [&](const Matrix& matrix) {
-    return multiply(matrix, at(x), tokens, at(bias), block, at(y), y_stride, aside.data(), threads);
+    return multiply(what, matrix, aside.data(), threads);
   });
 }
 
@@ -123,11 +137,14 @@ NB_MODULE(_native, m) {
   m.def("can_multiply", &can_multiply, "Whether this processor has what `multiply` needs.");
   m.def("scratch_bytes", [](size_t columns, size_t threads) {
     return scratch_bytes(tile_rows(columns), columns, threads);
-  }, nb::arg("columns"), nb::arg("threads"), "What `multiply` needs to work in.");
-  m.def("multiply", &multiply_rows, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
+  }, nb::arg("columns"), nb::arg("threads"), "What `multiply_packed` needs to work in.");
+  m.def("multiply", &multiply_rows, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"),
+        nb::arg("tokens"), nb::arg("bias"), nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("threads"),
+        "Multiply bf16 tokens at x with rows of bf16 weights, into y.");
+  m.def("multiply_packed", &multiply_packed, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
         nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"), nb::arg("tokens"), nb::arg("bias"),
         nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("scratch"), nb::arg("threads"),
-        "Multiply bf16 tokens at x with packed rows, into y; (fault, number of the chunk).");
+        "The same with packed rows; (fault, number of the chunk).");
   m.def("unpack_rows", &unpack_some_rows, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
         nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("begin"), nb::arg("end"), nb::arg("target"),
         nb::arg("threads"), "Unpack bf16 rows on several threads; (fault, number of the chunk).");

@@ -113,20 +113,14 @@ inline void turn(const u8* rows, size_t stride, __m512i out[16]) {
   }
 }
 
-struct Output {
-  const u8 *x, *bias;
-  size_t columns, block, y_stride;
-  u8* y;
-};
-
 // `Tokens` tokens with `Groups` groups of 16 unpacked rows, the first of which is row `row`, of which there are `rows`.
 template <int Tokens, int Groups>
-void dot(const Output& o, const u8* tile, size_t row, size_t rows, size_t token) {
+void dot(const Product& p, const u8* tile, size_t row, size_t rows, size_t token) {
   const u8* x[Tokens];
-  for (int t = 0; t < Tokens; ++t) x[t] = o.x + (token + t) * o.columns * 2;
+  for (int t = 0; t < Tokens; ++t) x[t] = p.x + (token + t) * p.columns * 2;
   __m512 total[Groups][Tokens];
-  for (size_t from = 0; from < o.columns; from += o.block) {
-    const size_t to = std::min(from + o.block, o.columns);
+  for (size_t from = 0; from < p.columns; from += p.block) {
+    const size_t to = std::min(from + p.block, p.columns);
     __m512 sum[Groups][Tokens];
     for (int g = 0; g < Groups; ++g)
       for (int t = 0; t < Tokens; ++t) sum[g][t] = _mm512_setzero_ps();
@@ -134,13 +128,13 @@ void dot(const Output& o, const u8* tile, size_t row, size_t rows, size_t token)
 #pragma GCC unroll 2
       for (int g = 0; g < Groups; ++g) {
         __m512i pairs[16];
-        turn(tile + g * GROUP_ROWS * o.columns * 2 + c * 2, o.columns * 2, pairs);
+        turn(tile + g * GROUP_ROWS * p.columns * 2 + c * 2, p.columns * 2, pairs);
 #pragma GCC unroll 16
-        for (int p = 0; p < 16; ++p)
+        for (int pair = 0; pair < 16; ++pair)
 #pragma GCC unroll 8
           for (int t = 0; t < Tokens; ++t)
-            sum[g][t] = _mm512_dpbf16_ps(sum[g][t], __m512bh(pairs[p]),
-                                         __m512bh(_mm512_set1_epi32(load<int>(x[t] + (c + 2 * p) * 2))));
+            sum[g][t] = _mm512_dpbf16_ps(sum[g][t], __m512bh(pairs[pair]),
+                                         __m512bh(_mm512_set1_epi32(load<int>(x[t] + (c + 2 * pair) * 2))));
       }
     for (int g = 0; g < Groups; ++g)
       for (int t = 0; t < Tokens; ++t) total[g][t] = from ? _mm512_add_ps(total[g][t], sum[g][t]) : sum[g][t];
@@ -150,27 +144,27 @@ void dot(const Output& o, const u8* tile, size_t row, size_t rows, size_t token)
     const size_t first = row + g * GROUP_ROWS, count = std::min(GROUP_ROWS, rows - g * GROUP_ROWS);
     const auto mask = __mmask16((1u << count) - 1);
     __m512 bias = _mm512_setzero_ps();
-    if (o.bias)
+    if (p.bias)
       bias = _mm512_castsi512_ps(_mm512_slli_epi32(
-          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, o.bias + first * 2)), 16));
+          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p.bias + first * 2)), 16));
     for (int t = 0; t < Tokens; ++t) {
-      const __m512 value = o.bias ? _mm512_add_ps(total[g][t], bias) : total[g][t];
-      _mm256_mask_storeu_epi16(o.y + ((token + t) * o.y_stride + first) * 2, mask, __m256i(_mm512_cvtneps_pbh(value)));
+      const __m512 value = p.bias ? _mm512_add_ps(total[g][t], bias) : total[g][t];
+      _mm256_mask_storeu_epi16(p.y + ((token + t) * p.y_stride + first) * 2, mask, __m256i(_mm512_cvtneps_pbh(value)));
     }
   }
 }
 
 template <int Tokens>
-void dot_rows(const Output& o, const u8* tile, size_t row, size_t rows, size_t token) {
+void dot_rows(const Product& p, const u8* tile, size_t row, size_t rows, size_t token) {
   size_t done = 0;
   if constexpr (Tokens <= 4)  // two sums of each token at once, as one waits for itself
     for (; rows - done > GROUP_ROWS; done += std::min(2 * GROUP_ROWS, rows - done))
-      dot<Tokens, 2>(o, tile + done * o.columns * 2, row + done, rows - done, token);
+      dot<Tokens, 2>(p, tile + done * p.columns * 2, row + done, rows - done, token);
   for (; done < rows; done += GROUP_ROWS)
-    dot<Tokens, 1>(o, tile + done * o.columns * 2, row + done, rows - done, token);
+    dot<Tokens, 1>(p, tile + done * p.columns * 2, row + done, rows - done, token);
 }
 
-using Dot = void (*)(const Output&, const u8*, size_t, size_t, size_t);
+using Dot = void (*)(const Product&, const u8*, size_t, size_t, size_t);
 constexpr Dot dots[] = {nullptr,     dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>,
                         dot_rows<5>, dot_rows<6>, dot_rows<7>, dot_rows<8>};
 constexpr size_t MOST_TOKENS = std::size(dots) - 1;  // at once
@@ -183,16 +177,28 @@ bool can_multiply() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("bmi2");
 }
 
-Result multiply(const Matrix& m, const u8* x, size_t tokens, const u8* bias, size_t block, u8* y, size_t y_stride,
-                u8* scratch, unsigned threads) {
+namespace {
+
+void multiply_tile(const Product& p, const u8* tile, size_t row, size_t rows) {
+  for (size_t token = 0; token < p.tokens; token += MOST_TOKENS)
+    dots[std::min(p.tokens - token, MOST_TOKENS)](p, tile, row, rows, token);
+}
+
+}  // namespace
+
+void multiply(const Product& p, const u8* weights, size_t rows, unsigned threads) {
+  over_tiles(0, rows, GROUP_ROWS, threads, [&](unsigned, size_t from, size_t to) {
+    multiply_tile(p, weights + from * p.columns * 2, from, to - from);
+    return Result{Fault::NONE, 0};
+  });
+}
+
+Result multiply(const Product& p, const Matrix& m, u8* scratch, unsigned threads) {
   const size_t tile = tile_rows(m.columns), each = scratch_bytes(tile, m.columns, 1);
-  const Output output{x, bias, m.columns, block, y_stride, y};
   return over_tiles(0, m.rows, tile, threads, [&](unsigned thread, size_t from, size_t to) {
     u8* const rows = scratch + thread * each;
     const Result result = unpack(m, from, to, rows);
-    if (result.fault != Fault::NONE) return result;
-    for (size_t token = 0; token < tokens; token += MOST_TOKENS)
-      dots[std::min(tokens - token, MOST_TOKENS)](output, rows, from, to - from, token);
+    if (result.fault == Fault::NONE) multiply_tile(p, rows, from, to - from);
     return result;
   });
 }
@@ -201,9 +207,8 @@ HERMES_TARGET_END
 #else
 
 bool can_multiply() { return false; }
-Result multiply(const Matrix& m, const u8*, size_t, const u8*, size_t, u8*, size_t, u8*, unsigned) {
-  return {Fault::ENCODING, m.number};
-}
+void multiply(const Product&, const u8*, size_t, unsigned) {}
+Result multiply(const Product&, const Matrix& m, u8*, unsigned) { return {Fault::ENCODING, m.number}; }
 
 #endif
 }  // namespace hermes

@@ -1,4 +1,4 @@
-// Products with packed bf16 matrices: rows are unpacked into a core's own cache and multiplied there, never stored.
+// Products with bf16 matrices. Packed rows are unpacked into a core's own cache and multiplied there, never stored.
 #pragma once
 
 #include "codec.hpp"
@@ -22,7 +22,7 @@ struct Matrix {
 inline constexpr size_t GROUP_ROWS = 16;
 inline constexpr size_t TILE_BYTES = 512 * 1024;  // of a core's second-level cache
 size_t tile_rows(size_t columns);
-// What `multiply` needs to work in, for so many threads.
+// What `multiply` needs to work in with packed rows, for so many threads.
 constexpr size_t scratch_bytes(size_t tile_rows, size_t columns, size_t threads) {
   return threads * (tile_rows * columns * 2 + 64);
 }
@@ -33,10 +33,21 @@ bool can_multiply();
 // Rows [begin, end) as they are unpacked, to `target`, on several threads. False in none of them: the first fault.
 Result unpack_rows(const Matrix& m, size_t begin, size_t end, u8* target, unsigned threads);
 
-// y[t][r] = bf16(sum over c of x[t][c] * m[r][c], plus bias[r]): bf16 products, summed in pairs of columns in order in
-// float32, from nothing again for each `block` columns, these sums in order. `columns` is a multiple of 32, `block` of
-// 32. `bias` may be null. `y` has `y_stride` elements from a token to the next.
-Result multiply(const Matrix& m, const u8* x, size_t tokens, const u8* bias, size_t block, u8* y, size_t y_stride,
-                u8* scratch, unsigned threads);
+// Where tokens are, and what becomes of them: y[t][r] = bf16(sum over c of x[t][c] * row r[c], plus bias[r]). bf16
+// products, summed in pairs of columns in order in float32, from nothing again for each `block` columns, these sums in
+// order. Columns and `block` are multiples of 32. `bias` may be null. `y` has `y_stride` elements from a token to the next.
+struct Product {
+  const u8* x;
+  size_t tokens, columns;
+  const u8* bias;
+  size_t block;
+  u8* y;
+  size_t y_stride;
+};
+
+// With `rows` unpacked rows of bf16 at `weights`.
+void multiply(const Product& p, const u8* weights, size_t rows, unsigned threads);
+// With packed ones.
+Result multiply(const Product& p, const Matrix& m, u8* scratch, unsigned threads);
 
 }  // namespace hermes

@@ -49,7 +49,7 @@ def no_leaks():
 @pytest.fixture
 def unwatched(monkeypatch):
     """The Daemon Agent never wakes; real memory is looked at only when a pass ends."""
-    monkeypatch.setattr("hermes.engine.engine.WATCH_SECONDS", 3600.0)
+    monkeypatch.setattr("hermes.engine.daemon.WATCH_SECONDS", 3600.0)
 
 
 @pytest.fixture

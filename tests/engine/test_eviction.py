@@ -22,7 +22,7 @@ class Process:
     def __init__(self, monkeypatch):
         self.ledger = None
         self.others = 0
-        monkeypatch.setattr("hermes.engine.engine.WorkingSet", lambda: self)
+        monkeypatch.setattr("hermes.engine.daemon.WorkingSet", lambda: self)
 
     def __call__(self):
         return self.others + (self.ledger.accounts.get("resident", 0) if self.ledger is not None else 0)
@@ -110,7 +110,7 @@ def test_what_is_pinned_stays(bench, unwatched, process):
 
 
 def test_the_daemon_gives_back_while_blocks_are_computed(bench, monkeypatch, process, eventually):
-    monkeypatch.setattr("hermes.engine.engine.WATCH_SECONDS", 0.0005)
+    monkeypatch.setattr("hermes.engine.daemon.WATCH_SECONDS", 0.0005)
     random_ = random.Random(5)
     run = bench(resident=EVERYTHING, window=1.2, num_agents=3, limit_bytes=LIMIT)
     run.engine.start()
@@ -141,12 +141,12 @@ def test_a_process_beyond_its_budget_is_refused_with_what_it_needs(bench, unwatc
 
 
 def test_the_daemons_refusal_keeps_its_number(bench, monkeypatch, process, eventually):
-    monkeypatch.setattr("hermes.engine.engine.WATCH_SECONDS", 0.001)
+    monkeypatch.setattr("hermes.engine.daemon.WATCH_SECONDS", 0.001)
     run = bench(limit_bytes=LIMIT, budget_bytes=LIMIT)
     run.engine.start()
     run.check(0)
     process.watch(run, over=2**20)
-    eventually(lambda: not run.engine._daemon.is_alive())
+    eventually(lambda: not run.engine._daemon._thread.is_alive())
     with pytest.raises(BudgetError, match="try --budget") as refusal:
         run.engine.want(1)
     assert refusal.value.minimum_bytes > LIMIT
@@ -155,11 +155,11 @@ def test_the_daemons_refusal_keeps_its_number(bench, monkeypatch, process, event
 def test_thrash_gives_back_a_step_at_a_time(bench, monkeypatch, process, eventually):
     """Major faults, counted by a script: far more than a few per look."""
     count = itertools.count(0, 10**6)
-    monkeypatch.setattr("hermes.engine.engine.find_cgroup", lambda: types.SimpleNamespace(limit_bytes=LIMIT))
-    monkeypatch.setattr("hermes.engine.engine.major_faults", lambda: next(count))
-    monkeypatch.setattr("hermes.engine.engine.WATCH_SECONDS", 0.001)
+    monkeypatch.setattr("hermes.engine.daemon.find_cgroup", lambda: types.SimpleNamespace(limit_bytes=LIMIT))
+    monkeypatch.setattr("hermes.engine.daemon.major_faults", lambda: next(count))
+    monkeypatch.setattr("hermes.engine.daemon.WATCH_SECONDS", 0.001)
     monkeypatch.setattr(
-        "hermes.engine.engine.FaultMeter", lambda count, now: FaultMeter(count, now, window_seconds=0.001)
+        "hermes.engine.daemon.FaultMeter", lambda count, now: FaultMeter(count, now, window_seconds=0.001)
     )
     run = bench(resident=EVERYTHING, limit_bytes=LIMIT, record=True)
     planned = run.ledger.accounts["resident"]

@@ -128,7 +128,7 @@ def test_whatever_stops_an_agent_is_seen(bench, error, match):
 
 
 def test_whatever_stops_the_daemon_is_seen(bench, monkeypatch, eventually):
-    monkeypatch.setattr("hermes.engine.engine.WATCH_SECONDS", 0.001)
+    monkeypatch.setattr("hermes.engine.daemon.WATCH_SECONDS", 0.001)
     run = bench()
     run.engine.start()
     run.check(0)
@@ -136,8 +136,8 @@ def test_whatever_stops_the_daemon_is_seen(bench, monkeypatch, eventually):
     def broken():
         raise ZeroDivisionError("odd")
 
-    monkeypatch.setattr(run.engine, "_working_set", broken)
-    eventually(lambda: not run.engine._daemon.is_alive())
+    monkeypatch.setattr(run.engine._daemon, "_working_set", broken)
+    eventually(lambda: not run.engine._daemon._thread.is_alive())
     with pytest.raises(EngineError, match="an agent failed: ZeroDivisionError"):
         run.engine.want(1)
 

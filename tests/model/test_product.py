@@ -61,7 +61,7 @@ SHAPES = [(16, 32), (100, 96), (256, 1024), (640, 576), (1000, 2080), (257, 4096
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, MOST_TOKENS])
 def test_few_tokens(shape: tuple[int, int], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PackedRows, "_unpack_and_multiply", None)  # is not what is tested
+    monkeypatch.setattr(PackedRows, "_unpack_and_multiply", None)  # is not what is tested here
     weight = weights(*shape)
     x = torch.randn(1, tokens, shape[1]).bfloat16()
     bias = torch.randn(shape[0]).bfloat16()
@@ -71,6 +71,17 @@ def test_few_tokens(shape: tuple[int, int], tokens: int, monkeypatch: pytest.Mon
         got = packed_rows(weight).linear(x, given)
         assert got.shape == (1, tokens, shape[0])
         assert same(got, functional.linear(x, weight, given))
+
+
+@multiplies
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if not shape[0] % 16])
+@pytest.mark.parametrize("tokens", [1, 3, 8, MOST_TOKENS])
+def test_plain_matrices(shape: tuple[int, int], tokens: int) -> None:
+    weight = weights(*shape)
+    x = torch.randn(tokens, 2, shape[1]).bfloat16()[:, 0]  # not contiguous
+    bias = torch.randn(shape[0]).bfloat16()
+    for given in (None, bias):
+        assert same(product.linear(x, weight, given), functional.linear(x, weight, given))
 
 
 @multiplies

@@ -3,10 +3,7 @@
 `checkpoint.pack` and `checkpoint.quantize` do it.
 """
 
-import contextlib
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +17,7 @@ from hermes.checkpoint.unpack import unpack as unpack_model
 from hermes.checkpoint.unpack import verify as verify_model
 from hermes.errors import InputError
 from hermes.report.deviation import weight_error
+from hermes.report.progress import byte_progress
 from hermes.units import format_bytes, format_seconds
 
 __all__ = ["pack", "unpack"]
@@ -50,7 +48,7 @@ def pack(
         raise InputError(f"hermes pack {model}: where to? give a directory as OUT, or --verify to check a packed MODEL")
     start = time.perf_counter()
     if out is not None:
-        with _progress("packing") as progress:
+        with byte_progress("packing") as progress:
             pack_model(source, out, progress=progress)
         before, after = _weights(source), _weights(out)
         print(
@@ -59,7 +57,7 @@ def pack(
         )
     if verify:
         start = time.perf_counter()
-        with _progress("verifying") as progress:
+        with byte_progress("verifying") as progress:
             nbytes = verify_model(out or source, source if out is not None else None, progress=progress)
         what = "every checksum is right" if out is None else "every byte is the same"
         print(
@@ -79,7 +77,7 @@ def _quantize(source: Path, out: Path | None, scheme: str, *, verify: bool) -> N
     from hermes.session.quantizable import find_quantizable
 
     found = find_quantizable(source)
-    with _progress("quantising") as progress:
+    with byte_progress("quantising") as progress:
         quantize(source, out, scheme, found.matrices, progress=progress)
     before, after = _weights(source), _weights(out)
     kept = "".join(f"; in full precision: {count} ({reason})" for reason, count in found.left.items())
@@ -96,31 +94,10 @@ def unpack(
 ) -> None:
     """Write what a packed model was made from: safetensors files byte for byte."""
     start = time.perf_counter()
-    with _progress("unpacking") as progress:
+    with byte_progress("unpacking") as progress:
         unpack_model(resolve_model(model), out, progress=progress)
     print(f"{out}: {format_bytes(_weights(out))} of weights, {format_seconds(time.perf_counter() - start)}")
 
 
 def _weights(path: Path) -> int:
     return sum(stamp.nbytes for stamp in open_checkpoint(path).files)
-
-
-@contextlib.contextmanager
-def _progress(task: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        line = bar.add_task(task, total=None)
-        yield lambda done, total: bar.update(line, completed=done, total=total)

@@ -1,6 +1,5 @@
 """`hermes synth`: a seeded random checkpoint of a known architecture, offline. `checkpoint.synth` writes it."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +8,7 @@ import typer
 
 from hermes.checkpoint.synth import ARCHS
 from hermes.checkpoint.synth import synth as write_checkpoint
+from hermes.report.progress import byte_progress
 from hermes.units import format_bytes, format_seconds
 
 __all__ = ["synth"]
@@ -22,31 +22,7 @@ def synth(
 ) -> None:
     """Write a model directory of seeded random weights, shard by shard in little memory."""
     start = time.perf_counter()
-    if sys.stderr.isatty():
-        path = _write_with_progress(arch, directory, dtype, seed)
-    else:
-        path = write_checkpoint(arch, directory, dtype=dtype, seed=seed)
+    with byte_progress(arch) as progress:
+        path = write_checkpoint(arch, directory, dtype=dtype, seed=seed, progress=progress)
     nbytes = sum(file.stat().st_size for file in path.iterdir() if file.suffix == ".safetensors")
     print(f"{path}: {arch}, {format_bytes(nbytes)} of weights, {format_seconds(time.perf_counter() - start)}")
-
-
-def _write_with_progress(arch: str, directory: Path, dtype: str | None, seed: int) -> Path:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        line = bar.add_task(arch, total=None)
-        return write_checkpoint(
-            arch,
-            directory,
-            dtype=dtype,
-            seed=seed,
-            progress=lambda done, total: bar.update(line, completed=done, total=total),
-        )

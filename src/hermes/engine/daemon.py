@@ -1,20 +1,20 @@
-"""The Daemon Agent's eye on real memory: when it turns out tighter than planned, resident bytes go back."""
+"""The Daemon Agent and its eye on real memory: when it turns out tighter than planned, resident bytes go back."""
 
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from hermes.engine.config import EngineConfig
+from hermes.engine.holdings import Holdings
+from hermes.engine.stats import EngineStats
 from hermes.errors import BudgetError
-from hermes.memory.probe import mapped_bytes, resident_bytes
+from hermes.memory.allocator import trim_heap
+from hermes.memory.ledger import Ledger
+from hermes.memory.probe import find_cgroup, major_faults, mapped_bytes, resident_bytes
 from hermes.units import format_budget, format_bytes
 
-__all__ = [
-    "WATCH_SECONDS",
-    "FaultMeter",
-    "MemorySample",
-    "WorkingSet",
-    "bytes_to_give_back",
-    "outgrown",
-    "too_large_a_pass",
-]
+__all__ = ["WATCH_SECONDS", "DaemonAgent", "FaultMeter", "MemorySample", "WorkingSet", "bytes_to_give_back"]
 
 WATCH_SECONDS = 0.05
 """Between two looks."""
@@ -84,22 +84,86 @@ def bytes_to_give_back(sample: MemorySample) -> int:
     return FAULT_STEP_BYTES if sample.faults_per_second > FAULTS_PER_SECOND else 0
 
 
-def outgrown(needed_bytes: int, budget_bytes: int, minimum_bytes: int) -> BudgetError:
+class DaemonAgent:
+    """Looks at real memory every `WATCH_SECONDS`, in a thread of its own, and has weights given back when it is short.
+
+    Args:
+        lock: the engine's; held while a sample is taken and acted on.
+        holdings: what may be given back.
+        ledger: the budget.
+        config: the limit; without one nothing is watched but for the record.
+        stats: memory goes there if the run is recorded.
+        on_error: told what stopped this agent.
+    """
+
+    def __init__(
+        self,
+        lock: AbstractContextManager[object],
+        holdings: Holdings,
+        ledger: Ledger,
+        config: EngineConfig,
+        stats: EngineStats,
+        *,
+        on_error: Callable[[BaseException], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._lock = lock
+        self._holdings = holdings
+        self._ledger = ledger
+        self._config = config
+        self._stats = stats
+        self._on_error = on_error
+        self._clock = clock
+        self._working_set = WorkingSet()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="hermes-daemon", daemon=True)
+        self._thread.start()
+
+    def balance(self, faults_per_second: float = 0.0) -> None:
+        """Give free heap back, then weights as far as needed. Raises BudgetError when that is not enough."""
+        limit_bytes = self._config.limit_bytes
+        if limit_bytes is None:
+            return
+        with self._lock:
+            needed = self._working_set()  # under the lock: a figure from before an eviction would evict twice
+            if needed > limit_bytes and trim_heap():
+                needed = self._working_set()
+            excess = bytes_to_give_back(
+                MemorySample(needed_bytes=needed, limit_bytes=limit_bytes, faults_per_second=faults_per_second)
+            )
+            if excess and (freed := self._holdings.evict(excess)) < needed - self._ledger.budget_bytes:
+                minimum_bytes = needed - freed + self._config.ring_bytes // 8
+                raise _outgrown(needed, self._ledger.budget_bytes, minimum_bytes)
+
+    def close(self) -> None:
+        """Stop and, from any other thread, join."""
+        self._closed.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except BaseException as error:  # whatever stops an agent must stop the others, and be seen
+            self._on_error(error)
+
+    def _watch(self) -> None:
+        cgroup = find_cgroup()
+        squeezed = cgroup is not None and cgroup.limit_bytes is not None  # else nothing evicts the pages of a process
+        meter = FaultMeter(major_faults(), self._clock())
+        while not self._closed.wait(WATCH_SECONDS):
+            rate = meter.rate(major_faults(), self._clock()) if squeezed else 0.0
+            if self._config.record:
+                with self._lock:
+                    self._stats.memory.append((self._clock(), resident_bytes()))
+            self.balance(rate)
+
+
+def _outgrown(needed_bytes: int, budget_bytes: int, minimum_bytes: int) -> BudgetError:
     """The refusal to go on when nothing is left to give back."""
     return BudgetError(
         f"the process needs {format_bytes(needed_bytes)} and has no weights left to give back; its budget is "
         f"{format_bytes(budget_bytes)} (a longer text or a larger batch than was planned for?); "
         f"try --budget {format_budget(minimum_bytes)}",
         minimum_bytes=minimum_bytes,
-    )
-
-
-def too_large_a_pass(nbytes: int, budget_bytes: int, missing_bytes: int) -> BudgetError:
-    """The refusal to begin a pass that takes `nbytes` besides weights, `missing_bytes` more than can be made free."""
-    minimum = budget_bytes + missing_bytes
-    return BudgetError(
-        f"this pass takes {format_bytes(nbytes)} besides weights (a longer text or a larger batch than was planned "
-        f"for), the budget of {format_bytes(budget_bytes)} leaves {format_bytes(nbytes - missing_bytes)}; "
-        f"try --budget {format_budget(minimum)}",
-        minimum_bytes=minimum,
     )

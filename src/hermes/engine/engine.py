@@ -1,7 +1,7 @@
 """One engine for every run: it owns the arenas, the agents and the ledger, and carries out `Pipeline`'s orders.
 
 **Threads and locks.** The Inference Agent is whoever calls `want` and `end_pass`: one thread at a time. Loading Agents
-call `fetched` of a ticket; the Daemon Agent runs `_watch`. `_lock` guards the state machine, the ledger and the
+call `fetched` of a ticket; the Daemon Agent is in `daemon`. `_lock` guards the state machine, the ledger and the
 statistics; it is never held over a read or a computation. The agents' own queue lock is taken inside it, never the
 other way round.
 """
@@ -14,23 +14,12 @@ from collections.abc import Callable, Sequence
 from hermes.checkpoint.readers import Reader
 from hermes.engine.agents import LoadingAgents, Ticket
 from hermes.engine.config import EngineConfig
-from hermes.engine.daemon import (
-    WATCH_SECONDS,
-    FaultMeter,
-    MemorySample,
-    WorkingSet,
-    bytes_to_give_back,
-    outgrown,
-    too_large_a_pass,
-)
-from hermes.engine.residents import Residents
-from hermes.engine.shelf import Shelf
+from hermes.engine.daemon import DaemonAgent
+from hermes.engine.holdings import Holdings
 from hermes.engine.stats import EngineStats, Span
 from hermes.errors import EngineError, HermesError
-from hermes.memory.allocator import trim_heap
 from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
-from hermes.memory.probe import find_cgroup, major_faults, resident_bytes
 from hermes.pipeload import (
     BlockDone,
     BlockForeseen,
@@ -38,11 +27,10 @@ from hermes.pipeload import (
     BlockWanted,
     Compute,
     Discard,
+    Event,
     Fetch,
     Load,
-    LoadEvicted,
     LoadFetched,
-    LoadKept,
     Order,
     Pipeline,
     Place,
@@ -82,10 +70,6 @@ class Engine:
         self._config = config
         ledger.reserve("window", config.ring_bytes)
         ledger.reserve("buffers", config.buffer_bytes * config.num_agents)
-        self._residents = Residents(blocks, config.resident, pinned, ledger, elastic=config.elastic)
-        self._shelf = Shelf(blocks, config.packed, ledger)
-        self.store = self._residents.store
-        self.ring = Arena(config.ring_bytes)
         self._pipeline = Pipeline(
             [[load.slot_bytes for load in loads] for loads in blocks],
             config.resident,
@@ -93,13 +77,14 @@ class Engine:
             ahead=config.ahead,
             blocks_in_pass=config.blocks_in_pass,
         )
+        self._holdings = Holdings(blocks, pinned, ledger, config, self._pipeline, self.stats, self._take_in)
+        self.store = self._holdings.store
+        self.ring = Arena(config.ring_bytes)
         self._lock = threading.RLock()
         self._ready = threading.Condition(self._lock)
         self._granted: Compute | None = None
         self._error: BaseException | None = None
         self._closed = threading.Event()
-        self._heap_bytes = 0  # that passes were found to take; reserved as far as there is room yet
-        self._working_set = WorkingSet()
         self._pass_start: float | None = None
         self._pass_mark = (0, 0.0)
         self._block_start = 0.0
@@ -112,17 +97,18 @@ class Engine:
             on_read=self._count_read,
             clock=clock,
         )
-        self._daemon = threading.Thread(target=self._watch, name="hermes-daemon", daemon=True)
-        self._daemon.start()
+        self._daemon = DaemonAgent(
+            self._lock, self._holdings, ledger, config, self.stats, on_error=self._fail, clock=clock
+        )
 
     # ------------------------------------------------------------------ the Inference Agent's side
 
     def start(self) -> list[Place]:
         """Fetch what is pinned (blocking), then begin to load the first pass. Places of the pinned loads, in order."""
-        self.fetch(self._residents.pinned_slots())
+        self.fetch(self._holdings.residents.pinned_slots())
         with self._lock:
             self._carry_out(self._pipeline.start())
-        return self._residents.pinned_places()
+        return self._holdings.residents.pinned_places()
 
     def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
         """Read loads into memory of the caller's, before anything else that is queued; blocks until they are there.
@@ -172,7 +158,7 @@ class Engine:
         """
         with self._lock:
             if nbytes > self.ledger.free_bytes:
-                self._evict(nbytes - self.ledger.free_bytes, at_once=True)
+                self._holdings.evict(nbytes - self.ledger.free_bytes, at_once=True)
             self.ledger.reserve("late", self.ledger.accounts.get("late", 0) + nbytes)
         return Arena(nbytes)
 
@@ -188,7 +174,7 @@ class Engine:
             start = self.clock()
             self._release(start)
             self._granted = None
-            self._carry_out(self._pipeline.on(BlockWanted(block)))
+            self._take_in(BlockWanted(block))
             while self._granted is None:
                 self._raise_if_stopped()
                 self._ready.wait()
@@ -202,7 +188,7 @@ class Engine:
             return tuple(
                 Place(resident=False, offset=offset + load.data_offset)
                 if offset is not None
-                else Place(resident=True, offset=self._residents.slot(block, number) + load.data_offset)
+                else Place(resident=True, offset=self._holdings.residents.slot(block, number) + load.data_offset)
                 for number, (load, offset) in enumerate(zip(self._blocks[block], granted.offsets, strict=True))
             )
 
@@ -215,7 +201,7 @@ class Engine:
         self._reader.check()
         with self._lock:
             self._raise_if_stopped()
-            self._reserve_heap(heap_bytes)
+            self._holdings.reserve_heap(heap_bytes)
             self._pass_start = self.clock()
             self._pass_mark = (self.stats.bytes_read, self.stats.stall_seconds)
 
@@ -229,7 +215,7 @@ class Engine:
             was_running = self._pass_start is not None and not self._is_stopped
             now = self.clock()
             self._release(now)
-            self._carry_out(self._pipeline.on(BlockDone()))
+            self._take_in(BlockDone())
             if self._pass_start is not None:
                 self.stats.passes += 1
                 self.stats.pass_seconds.append(now - self._pass_start)
@@ -238,14 +224,14 @@ class Engine:
                 self._pass_start = None
         if was_running:
             self._reader.check()
-        self._balance(0.0)
+        self._daemon.balance()
 
     def foresee(self, block: int) -> bool:
         """Begin to load a block before it is wanted; False where the window has no room to begin with. Never blocks."""
         with self._lock:
             self._raise_if_stopped()
-            possible = self._pipeline.can_foresee()
-            self._carry_out(self._pipeline.on(BlockForeseen(block)) if possible else ())
+            if possible := self._pipeline.can_foresee():
+                self._take_in(BlockForeseen(block))
             return possible
 
     def is_there(self, block: int) -> bool:
@@ -257,12 +243,12 @@ class Engine:
         """Give the memory of the block that is held, and of one that is waited for, back to the window."""
         with self._lock:
             self._release(self.clock())
-            self._carry_out(self._pipeline.on(BlockDone()))
+            self._take_in(BlockDone())
 
     def forget(self, block: int) -> None:
         """Take back what `foresee` has begun for this block."""
         with self._lock:
-            self._carry_out(self._pipeline.on(BlockForgotten(block)))
+            self._take_in(BlockForgotten(block))
 
     def resize(self, budget_bytes: int) -> int:
         """Let the ledger have another budget; what it has from now on. Resident loads go, or (if `elastic`) come.
@@ -272,10 +258,10 @@ class Engine:
         """
         with self._lock:
             self._raise_if_stopped()
-            self._evict(self.ledger.reserved_bytes - budget_bytes)
+            self._holdings.evict(self.ledger.reserved_bytes - budget_bytes)
             self.ledger.resize(max(budget_bytes, self.ledger.reserved_bytes))
             if self._config.elastic:
-                self._residents.keep(self.ledger.free_bytes, self._pipeline, self._keep)
+                self._holdings.keep_more()
             return self.ledger.budget_bytes
 
     def close(self) -> None:
@@ -284,11 +270,9 @@ class Engine:
             self._closed.set()
             self._ready.notify_all()
         self._agents.close()
-        if threading.current_thread() is not self._daemon:
-            self._daemon.join()
+        self._daemon.close()
         self.ring.close()
-        self.store.close()
-        self._shelf.close()
+        self._holdings.close()
         self._reader.close()
 
     def _release(self, now: float) -> None:
@@ -320,26 +304,29 @@ class Engine:
                     self._granted = order
                     self._ready.notify_all()
                 case Discard():
-                    self._discard(order)
+                    self._holdings.discard(order.block, order.load)
         if tickets:
             self._agents.submit(tickets)
 
+    def _take_in(self, event: Event) -> None:
+        self._carry_out(self._pipeline.on(event))
+
     def _ticket(self, order: Fetch) -> Ticket:
         load = self._blocks[order.block][order.load]
-        shelved = None if order.offset is None else self._shelf.take(order.block, order.load)
+        shelved = None if order.offset is None else self._holdings.shelf.take(order.block, order.load)
 
         def fetched(_: Ticket) -> None:
             with self._lock:
                 if shelved is not None:
-                    self._shelf.put_back(shelved)
-                self._carry_out(self._pipeline.on(LoadFetched(order.visit)))
+                    self._holdings.shelf.put_back(shelved)
+                self._take_in(LoadFetched(order.visit))
 
         def is_abandoned() -> bool:
             with self._lock:
                 return order.offset is not None and self._pipeline.is_abandoned(order.visit)
 
         arena, offset = (
-            (self.store, self._residents.slot(order.block, order.load))
+            (self.store, self._holdings.residents.slot(order.block, order.load))
             if order.offset is None
             else (self.ring, order.offset)
         )
@@ -356,70 +343,3 @@ class Engine:
         with self._lock:
             self._error = self._error or error
             self._ready.notify_all()
-
-    # ------------------------------------------------------------------ the Daemon Agent's side
-
-    def _watch(self) -> None:
-        try:
-            self._watch_memory()
-        except BaseException as error:  # whatever stops an agent must stop the others, and be seen
-            self._fail(error)
-
-    def _watch_memory(self) -> None:
-        cgroup = find_cgroup()
-        squeezed = cgroup is not None and cgroup.limit_bytes is not None  # else nothing evicts the pages of a process
-        meter = FaultMeter(major_faults(), self.clock())
-        while not self._closed.wait(WATCH_SECONDS):
-            rate = meter.rate(major_faults(), self.clock()) if squeezed else 0.0
-            if self._config.record:
-                with self._lock:
-                    self.stats.memory.append((self.clock(), resident_bytes()))
-            self._balance(rate)
-
-    def _balance(self, faults_per_second: float) -> None:
-        """Give free heap back, then resident weights as far as needed; refuse when that is not enough."""
-        if self._config.limit_bytes is None:
-            return
-        with self._lock:
-            needed = self._working_set()  # under the lock: a figure from before an eviction would evict twice
-            if needed > self._config.limit_bytes and trim_heap():
-                needed = self._working_set()
-            sample = MemorySample(
-                needed_bytes=needed, limit_bytes=self._config.limit_bytes, faults_per_second=faults_per_second
-            )
-            excess = bytes_to_give_back(sample)
-            if excess:
-                freed = self._evict(excess)
-                if freed < needed - self.ledger.budget_bytes:
-                    raise outgrown(needed, self.ledger.budget_bytes, needed - freed + self._config.ring_bytes // 8)
-
-    def _reserve_heap(self, nbytes: int) -> None:
-        """Have room for a pass that outgrows the plan; what blocks under way still hold comes as they let go of it."""
-        missing = nbytes - self.ledger.accounts.get("heap", 0) - self.ledger.free_bytes
-        if missing > 0 and (freed := self._evict(missing)) < missing:
-            raise too_large_a_pass(nbytes, self.ledger.budget_bytes, missing - freed)
-        self._heap_bytes = max(self._heap_bytes, nbytes)
-        self._grow_heap()
-
-    def _grow_heap(self) -> None:
-        heap_bytes = self.ledger.accounts.get("heap", 0)
-        self.ledger.reserve("heap", max(heap_bytes, min(self._heap_bytes, heap_bytes + self.ledger.free_bytes)))
-
-    def _evict(self, nbytes: int, *, at_once: bool = False) -> int:
-        def give_back(block: int, load: int) -> None:
-            self._carry_out(self._pipeline.on(LoadEvicted(block, load)))
-
-        freed = self._shelf.evict(nbytes)
-        self._count_evicted()
-        return freed + self._residents.evict(nbytes - freed, self._pipeline, give_back, at_once=at_once)
-
-    def _keep(self, block: int, load: int) -> None:
-        self._carry_out(self._pipeline.on(LoadKept(block, load)))
-
-    def _discard(self, order: Discard) -> None:
-        self._residents.discard(order.block, order.load)
-        self._count_evicted()
-        self._grow_heap()
-
-    def _count_evicted(self) -> None:
-        self.stats.evicted_bytes = self._residents.evicted_bytes + self._shelf.evicted_bytes

@@ -16,9 +16,8 @@ from torch.nn import functional
 from hermes.errors import EngineError
 from hermes.memory.arena import Arena
 from hermes.model.blocks import Block, Bound, LoadFactory
-from hermes.model.product import PackedRows
 from hermes.model.quantized import QuantizedRows
-from hermes.model.units import Partition
+from hermes.model.units import Partition, Unit
 from hermes.pipeload import Load, Place
 
 __all__ = ["Binding", "BlockSource"]
@@ -91,13 +90,12 @@ class Binding:
         modules = dict(module.named_modules())
         self._forwards: list[nn.Module] = []
         for number, unit in enumerate(partition.units):
-            matrix = blocks[block_of_unit[number]].matrices.get(unit.module)
-            if unit.rows is None and isinstance(matrix, PackedRows | QuantizedRows):
-                linear = cast(nn.Linear, modules[unit.module])
-                whole = (block_of_unit[number], (0, linear.out_features))
-                self._replace(linear, self._linear_forward(linear, unit.module, [whole]))
+            inner, block = modules[unit.module], block_of_unit[number]
+            if unit.rows is None and isinstance(inner, nn.Linear) and self._is_product(inner, unit, block):
+                whole = (block, (0, inner.out_features))
+                self._replace(inner, self._linear_forward(inner, unit.module, [whole]))
             elif unit.rows is None:
-                self._replace(modules[unit.module], self._unit_forward(modules[unit.module], block_of_unit[number]))
+                self._replace(inner, self._unit_forward(inner, block))
         for name in partition.rowwise:
             embedding = cast(nn.Embedding, modules[name])
             self._replace(embedding, self._rowwise_forward(embedding, f"{name}.weight" if name else "weight"))
@@ -168,6 +166,14 @@ class Binding:
         (bound,) = block.bound
         bound.bind(lambda _: storage, places)
         return cast(Bound, bound).live
+
+    def _is_product(self, module: nn.Linear, unit: Unit, block: int) -> bool:
+        """A linear layer that `product` computes, nothing but a matrix in bf16, or one that is quantised."""
+        if isinstance(self._blocks[block].matrices.get(unit.module), QuantizedRows):
+            return True
+        plain = type(module).forward is nn.Linear.forward and module.weight.dtype == torch.bfloat16
+        weight = f"{unit.module}.weight" if unit.module else "weight"
+        return plain and unit.parameters == (self._factory.canonical(weight),)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         module.__dict__["forward"] = functools.wraps(module.forward)(forward)  # transformers reads its signature

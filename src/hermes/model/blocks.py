@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from hermes.checkpoint.chunks import PackedFile
 from hermes.checkpoint.index import DTYPE_BYTES, Extent
 from hermes.model.mapping import Source
-from hermes.model.product import PackedRows
+from hermes.model.product import PackedRows, linear
 from hermes.model.quantized import SCALE_BYTES, QuantizedRows
 from hermes.model.trace import tensors_in
 from hermes.model.units import Unit
@@ -91,8 +90,8 @@ class Bound:
             self._home.put(self.live)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`functional.linear` with what is bound."""
-        return functional.linear(x, self.live, bias)
+        """`product.linear` with what is bound."""
+        return linear(x, self.live, bias)
 
     def unbind(self) -> None:
         """Forget the bytes; they may be anybody's from now on."""

@@ -1,9 +1,9 @@
-"""Linear layers whose matrices stay packed in memory, with the bits that torch computes from unpacked ones.
+"""bf16 linear layers: products with packed matrices, and faster ones with plain ones, with the bits that torch gives.
 
-For few tokens the native module unpacks some rows into a core's own cache and multiplies them there: memory is read
-once, at 11 bits a weight. It sums in the order of torch's own kernels (oneDNN: pairs of columns, in order, from nothing
-again for each so many), which is found out by trying. For many tokens, and where no order fits, a few rows at a time
-are unpacked and given to torch.
+For few tokens the native module multiplies; packed rows are unpacked into a core's own cache before, so that memory is
+read once, at 11 bits a weight. It sums in the order of torch's own kernels (oneDNN: pairs of columns, in order, from
+nothing again for each so many), which is found out by trying. For many tokens, and where no order fits, torch does it,
+with a few rows at a time unpacked for it.
 """
 
 import ctypes
@@ -14,17 +14,15 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from hermes.checkpoint.chunks import ChunkRun
-from hermes.checkpoint.decoder import check, encode_chunk, native
-from hermes.checkpoint.layout import CHUNK_ELEMENTS
+from hermes.checkpoint.decoder import check, native
 from hermes.model.units import MATRIX_ROWS
 from hermes.pipeload import Place
 
-__all__ = ["MOST_TOKENS", "PackedRows", "can_stay_packed", "summing_block"]
+__all__ = ["MOST_TOKENS", "PackedRows", "can_stay_packed", "linear", "summing_block"]
 
 MOST_TOKENS = 16
 """Above, torch's own product and the unpacking before it are faster."""
@@ -34,6 +32,8 @@ COLUMNS = 32
 """The native product takes multiples of this."""
 BLOCKS = (512, 1024, 256, 2048)
 """Columns after which kernels were seen to begin a new sum, or might."""
+GROUP_ROWS = 16
+"""And, of plain rows, of this."""
 PATTERN_ROWS = 64
 
 
@@ -73,28 +73,13 @@ class PackedRows:
         """`functional.linear` with these rows, on torch's number of threads."""
         if not self._chunks:
             raise RuntimeError(f"{self._run.where} is not in memory")
-        tokens = math.prod(x.shape[:-1])
-        if 0 < tokens <= MOST_TOKENS and x.dtype == torch.bfloat16 and x.shape[-1] == self._shape[1]:
-            block = summing_block(tokens, *self._shape, bias is not None, torch.get_num_threads())
-            if block:
-                return self._multiply(x.contiguous(), tokens, bias, block)
-        return self._unpack_and_multiply(x, bias)
-
-    def _multiply(self, x: torch.Tensor, tokens: int, bias: torch.Tensor | None, block: int) -> torch.Tensor:
-        output = x.new_empty(*x.shape[:-1], self._shape[0])
-        threads = torch.get_num_threads()
-        result = native().multiply(
-            *self._matrix,
-            x=x.data_ptr(),
-            tokens=tokens,
-            bias=0 if bias is None else bias.data_ptr(),
-            block=block,
-            y=output.data_ptr(),
-            y_stride=self._shape[0],
-            scratch=_scratch(self._shape[1], threads),
-            threads=threads,
-        )
-        check(result, self._run.where)
+        block = _block_for(x, self._shape, bias)
+        if not block:
+            return self._unpack_and_multiply(x, bias)
+        x = x.contiguous()
+        what, output = _product(x, self._shape[0], bias, block)
+        scratch = _scratch(self._shape[1], torch.get_num_threads())
+        check(native().multiply_packed(*self._matrix, **what, scratch=scratch), self._run.where)
         return output
 
     def _unpack_and_multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -118,6 +103,44 @@ class PackedRows:
         return (self._chunks, run.nbytes, self._places, run.number, run.skip, *self._shape)
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`functional.linear`; of few bf16 tokens by the native module, where it has the same bits."""
+    shape = (weight.shape[0], weight.shape[1])
+    block = 0
+    if weight.dtype == torch.bfloat16 and weight.is_contiguous() and not shape[0] % GROUP_ROWS:
+        block = _block_for(x, shape, bias)
+    if not block:
+        return functional.linear(x, weight, bias)
+    x = x.contiguous()
+    what, output = _product(x, shape[0], bias, block)
+    native().multiply(weight.data_ptr(), *shape, **what)
+    return output
+
+
+def _block_for(x: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None) -> int:
+    """`summing_block` for these operands; 0 where the native product is not for them."""
+    tokens = math.prod(x.shape[:-1])
+    if not 0 < tokens <= MOST_TOKENS or x.shape[-1] != shape[1] or x.requires_grad:
+        return 0
+    if x.dtype != torch.bfloat16 or (bias is not None and bias.dtype != torch.bfloat16):
+        return 0
+    return summing_block(tokens, *shape, bias is not None, torch.get_num_threads())
+
+
+def _product(x: torch.Tensor, rows: int, bias: torch.Tensor | None, block: int) -> tuple[dict[str, int], torch.Tensor]:
+    """What the native module is told of the tokens, which the caller keeps, and where their products will be."""
+    output = x.new_empty(*x.shape[:-1], rows)
+    return {
+        "x": x.data_ptr(),
+        "tokens": math.prod(x.shape[:-1]),
+        "bias": 0 if bias is None else bias.data_ptr(),
+        "block": block,
+        "y": output.data_ptr(),
+        "y_stride": rows,
+        "threads": torch.get_num_threads(),
+    }, output
+
+
 @functools.cache
 def _scratch(columns: int, threads: int) -> bytearray:
     return bytearray(native().scratch_bytes(columns, threads))
@@ -130,7 +153,7 @@ def summing_block(tokens: int, rows: int, columns: int, has_bias: bool, threads:
     By trying: products of numbers that cancel each other all but entirely, so that every other order gives other bits.
     Some milliseconds, and no more memory than a few rows: torch is shown the same ones again and again.
     """
-    if not native().can_multiply():
+    if native() is None or not native().can_multiply() or columns % COLUMNS:
         return 0
     generator = torch.Generator().manual_seed(columns)
     half = columns // 2
@@ -139,28 +162,20 @@ def summing_block(tokens: int, rows: int, columns: int, has_bias: bool, threads:
     # Products are exact in float32, so that what is left of such sums is their rounding alone, as large as this bias.
     x[:, half:] = x[:, :half].roll(7, dims=1)
     pattern[:, half:] = -pattern[:, :half].roll(7, dims=1)
-    bias = (torch.randn(rows, generator=generator) / 2**18).bfloat16() if has_bias else None
-    expected = _torch_product(x, pattern, rows, bias)
+    padded = -(-rows // PATTERN_ROWS) * PATTERN_ROWS
+    bias = (torch.randn(padded, generator=generator) / 2**18).bfloat16() if has_bias else None
+    expected = _torch_product(x, pattern, rows, None if bias is None else bias[:rows])
     if expected is None:
         return 0
-    content = _bytes(pattern)
-    chunk_bytes = 2 * CHUNK_ELEMENTS
-    chunks = [
-        encode_chunk(content[begin : begin + chunk_bytes], "BF16", 2, number)
-        for number, begin in enumerate(range(0, len(content), chunk_bytes))
-    ]
-    packed = torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.uint8)
-    places = np.cumsum([0, *map(len, chunks)], dtype=np.int64)
     for block in (*BLOCKS, columns):
-        got = torch.empty(tokens, rows, dtype=torch.bfloat16)
+        got = torch.empty(tokens, padded, dtype=torch.bfloat16)
         for begin in range(0, rows, PATTERN_ROWS):
-            num_rows = min(PATTERN_ROWS, rows - begin)
             native().multiply(
-                packed.data_ptr(), packed.numel(), places, 0, 0, num_rows, columns,
-                x=x.data_ptr(), tokens=tokens, bias=0 if bias is None else bias[begin:].data_ptr(), block=block,
-                y=got[:, begin:].data_ptr(), y_stride=rows, scratch=_scratch(columns, threads), threads=threads,
+                pattern.data_ptr(), PATTERN_ROWS, columns, x=x.data_ptr(), tokens=tokens,
+                bias=0 if bias is None else bias[begin:].data_ptr(), block=block,
+                y=got[:, begin:].data_ptr(), y_stride=got.shape[1], threads=threads,
             )  # fmt: skip
-        if torch.equal(got.view(torch.int16), expected.view(torch.int16)):
+        if torch.equal(got[:, :rows].view(torch.int16), expected.view(torch.int16)):
             return block
     return 0
 

@@ -18,7 +18,7 @@ __all__ = [
     "block_samples",
 ]
 
-PROFILE_VERSION = 3
+PROFILE_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)

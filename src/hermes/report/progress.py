@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
 
-__all__ = ["ProgressLine", "import_terminal", "show_progress"]
+__all__ = ["ProgressLine", "byte_progress", "import_terminal", "show_progress"]
 
 REFRESHES_PER_SECOND = 4
 RATE_WINDOW_SECONDS = 1.0
@@ -71,6 +71,27 @@ def import_terminal() -> None:
     """Import now what drawing will need, if there is a terminal: memory is planned with what is there by then."""
     if sys.stderr.isatty():
         import rich.live  # noqa: F401
+
+
+@contextmanager
+def byte_progress(task: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar for a job that counts bytes, told how many are done, of how many; None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        line = bar.add_task(task, total=None)
+        yield lambda done, total: bar.update(line, completed=done, total=total)
 
 
 @contextmanager
