@@ -80,7 +80,8 @@ def _quantize(source: Path, out: Path | None, scheme: str, *, verify: bool) -> N
     with byte_progress("quantising") as progress:
         quantize(source, out, scheme, found.matrices, progress=progress)
     before, after = _weights(source), _weights(out)
-    kept = "".join(f"; in full precision: {count} ({reason})" for reason, count in found.left.items())
+    left = ", ".join(f"{count} ({reason})" for reason, count in found.left.items())
+    kept = f", linear layers in full precision: {left}" if left else ""
     print(
         f"{out}: {format_bytes(after)} of weights, {after / max(1, before):.1%} of {format_bytes(before)}, "
         f"{format_seconds(time.perf_counter() - start)}"

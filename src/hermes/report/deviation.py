@@ -1,10 +1,16 @@
 """What quantising has changed, in words: weights by what the files say, outputs by what two models were seen to say."""
 
 import math
+from typing import TYPE_CHECKING
 
 from hermes.checkpoint import Checkpoint
 
-__all__ = ["weight_error"]
+if TYPE_CHECKING:
+    from hermes.tasks.deviation import Deviation
+
+__all__ = ["describe_deviation", "weight_error"]
+
+_OUTPUTS = {"logits": "logits", "last_hidden_state": "last hidden state"}
 
 
 def weight_error(checkpoint: Checkpoint) -> str:
@@ -19,3 +25,13 @@ def weight_error(checkpoint: Checkpoint) -> str:
         f"relative RMS error of the weights {math.sqrt(lost / max(there, 1e-300)):.3%}, "
         f"at worst {relative[worst]:.3%} ({worst})"
     )
+
+
+def describe_deviation(found: "Deviation") -> str:
+    """Relative RMS error of the outputs, and at how many positions the most likely token is the same."""
+    text = (
+        f"relative RMS error of the {_OUTPUTS[found.output]} {found.relative_error:.3%} over {found.positions} tokens"
+    )
+    if found.agreeing is None:
+        return text
+    return f"{text}, the same most likely token at {found.agreeing} of {found.positions}"

@@ -32,10 +32,9 @@ class Quantizable:
     left: Counter[str]
 
 
-def find_quantizable(model: Path, *, trust_remote_code: bool = False) -> Quantizable:
+def find_quantizable(model: Path) -> Quantizable:
     """Build and trace the model, and look. Reads no weights. Raises as `prepare_model`, and InputError for none."""
-    workload = Workload(sequence_length=8)
-    prepared = prepare_model(model, workload=workload, trust_remote_code=trust_remote_code, fresh=True)
+    prepared = prepare_model(model, workload=Workload(sequence_length=8), fresh=True)
     names = {entry.extent: entry.name for entry in prepared.checkpoint.tensors.values()}
     streamed = {
         (unit.module, name) for unit in prepared.partition.units if unit.rows is None for name in unit.parameters
