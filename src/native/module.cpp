@@ -105,13 +105,10 @@ void multiply_rows(Address weights, size_t rows, size_t columns, Address x, size
 
 nb::tuple multiply_packed(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
                           size_t columns, Address x, size_t tokens, Address bias, size_t block, Address y,
-                          size_t y_stride, nb::handle scratch, unsigned threads) {
+                          size_t y_stride, Address scratch, unsigned threads) {
   const Product what = product(x, tokens, columns, bias, block, y, y_stride);
-  const Buffer aside(scratch, PyBUF_WRITABLE);
-  if (aside.size() < scratch_bytes(tile_rows(columns), columns, threads))
-    throw nb::value_error("too little to work in");
   return with_matrix(chunks, nbytes, places, number, skip, rows, columns, [&](const Matrix& matrix) {
-    return multiply(what, matrix, aside.data(), threads);
+    return multiply(what, matrix, at(scratch), threads);
   });
 }
 
@@ -144,7 +141,7 @@ NB_MODULE(_native, m) {
   m.def("multiply_packed", &multiply_packed, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
         nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"), nb::arg("tokens"), nb::arg("bias"),
         nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("scratch"), nb::arg("threads"),
-        "The same with packed rows; (fault, number of the chunk).");
+        "The same with packed rows, with `scratch_bytes` to work in; (fault, number of the chunk).");
   m.def("unpack_rows", &unpack_some_rows, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
         nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("begin"), nb::arg("end"), nb::arg("target"),
         nb::arg("threads"), "Unpack bf16 rows on several threads; (fault, number of the chunk).");

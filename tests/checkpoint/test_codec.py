@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hermes.checkpoint import codec, layout
-from hermes.checkpoint.decoder import _decode_slowly, decode_chunks, encode_chunk, instruction_sets
+from hermes.checkpoint.decoder import (
+    _decode_slowly,
+    check_chunks,
+    decode_chunks,
+    encode_chunk,
+    instruction_sets,
+    native,
+)
 from hermes.errors import ReadError
 
 RNG = np.random.default_rng(5)
@@ -108,6 +115,21 @@ def test_a_changed_byte_is_noticed_by_every_decoder(place, flip):
     for decoder in DECODERS:
         with pytest.raises(ReadError):
             decode(decoder, bytes(chunk), len(content), 2)
+
+
+@pytest.mark.skipif(native() is None, reason="the native decoder was not built")
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(0, 255), cut=st.sampled_from([0, 0, 1, 30]))
+@settings(max_examples=60, deadline=None)
+def test_chunks_are_checked_without_being_unpacked(place, flip, cut):
+    content = bf16(GAUSSIAN[:5000]).tobytes()
+    chunks = bytearray(b"".join(codec.encode_chunk(content, "BF16", 2, number) for number in (7, 8)))
+    chunks[int(place * len(chunks))] ^= flip
+    found = memoryview(chunks)[: len(chunks) - cut]
+    if not flip and not cut:
+        check_chunks(found, where="w", number=7)
+        return
+    with pytest.raises(ReadError, match=r"^w: chunk (7|8|9) is corrupt"):
+        check_chunks(found, where="w", number=7)
 
 
 @given(

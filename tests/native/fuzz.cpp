@@ -54,6 +54,14 @@ void decode_everywhere(const std::vector<u8>& chunks, size_t target_bytes, size_
     require(result.fault != Fault::NONE || std::equal(bytes.begin(), bytes.end(), target.bytes.get()),
             "paths disagree on the bytes");
   }
+  // What was checked before is decoded without its checksum, and must be no less safe.
+  const bool is_right = check(best_path(), source.bytes.get(), source.size, number).fault == Fault::NONE;
+  Exact target(target_bytes);
+  const Result unchecked =
+      decode(best_path(), source.bytes.get(), source.size, target.bytes.get(), target.size, item, number, skip, true);
+  require(!is_right || (unchecked.fault == agreed.fault && unchecked.chunk == agreed.chunk), "a checksum matters twice");
+  require(agreed.fault != Fault::NONE || std::equal(bytes.begin(), bytes.end(), target.bytes.get()),
+          "the bytes depend on the checksum");
   if (expected) {
     require(agreed.fault == Fault::NONE, "a good chunk was refused");
     require(std::equal(bytes.begin(), bytes.end(), expected), "a good chunk came out wrong");

@@ -78,8 +78,9 @@ class PackedRows:
             return self._unpack_and_multiply(x, bias)
         x = x.contiguous()
         what, output = _product(x, self._shape[0], bias, block)
-        scratch = _scratch(self._shape[1], torch.get_num_threads())
-        check(native().multiply_packed(*self._matrix, **what, scratch=scratch), self._run.where)
+        nbytes = native().scratch_bytes(self._shape[1], what["threads"])
+        scratch = torch.empty(nbytes, dtype=torch.uint8)  # its own: models of a fleet compute at the same time
+        check(native().multiply_packed(*self._matrix, **what, scratch=scratch.data_ptr()), self._run.where)
         return output
 
     def _unpack_and_multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -139,11 +140,6 @@ def _product(x: torch.Tensor, rows: int, bias: torch.Tensor | None, block: int) 
         "y_stride": rows,
         "threads": torch.get_num_threads(),
     }, output
-
-
-@functools.cache
-def _scratch(columns: int, threads: int) -> bytearray:
-    return bytearray(native().scratch_bytes(columns, threads))
 
 
 @functools.cache
