@@ -72,6 +72,7 @@ def test_without_a_kernel(bits, monkeypatch):
     """Rows made floats serve every dtype and number of tokens; a kernel of another layout is not used."""
     quantised, _ = matrix(bits, 128, 96)
     x = torch.randn(2, 96).bfloat16()
+    assert quantized._kernel_fits(bits) or (bits == 4 and torch.backends.cpu.get_cpu_capability() != "AVX512")
     with_kernel = quantised.linear(x, None)
     quantized._kernel_fits.cache_clear()
     if bits == 8:

@@ -107,14 +107,15 @@ def _kernel_fits(bits: int) -> bool:
     """Whether torch has the kernel here, and it takes the layout as stored: in 4 bits that is AVX-512's."""
     try:
         if bits == 8:
-            return bool(torch._weight_int8pack_mm(torch.zeros(1, 64).bfloat16(), *_zeros()).numel())
+            one = (
+                torch.ones(1, GROUP).bfloat16(),
+                torch.ones(STEP, GROUP, dtype=torch.int8),
+                torch.ones(STEP).bfloat16(),
+            )
+            return bool((torch._weight_int8pack_mm(*one) == GROUP).all())
         codes = (torch.arange(2 * STEP * GROUP, dtype=torch.int32) % 251 % 16).view(2 * STEP, GROUP)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
     halves = codes.to(torch.uint8).view(2, 2, STEP // 2, GROUP)
     return torch.equal(packed.view(2, GROUP, STEP // 2), (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2))
-
-
-def _zeros() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros(STEP, GROUP, dtype=torch.int8), torch.zeros(STEP, dtype=torch.bfloat16)
