@@ -37,13 +37,16 @@ def run(models: dict) -> dict:
 
 def main() -> None:
     models = {}
+    budget = resident_bytes() + 300 * 2**20 + 150 * 2**20 * len(sys.argv[1:])  # activations; and windows
     for path in sys.argv[1:]:
         entry = MODELS[Path(path).stem]
         pixels = tensor_of(paint("road"), entry.side)
         with torch.device("meta"):
             module = entry.build()
-        budget = resident_bytes() + 300 * 2**20
-        models[path] = (hermes.Blocks(module, path, budget, example_args=(pixels,), granularity="leaf"), pixels)
+        blocks = hermes.Blocks(
+            module, path, budget, example_args=(pixels,), window="150MiB", granularity="leaf", matrix_bytes="16MiB"
+        )
+        models[path] = (blocks, pixels)
     for name, output in run(models).items():
         print(name, tuple(output.shape), f"sum {float(output.double().sum()):.6g}")
     for blocks, _ in models.values():

@@ -87,3 +87,32 @@ def test_an_exception_comes_out_and_the_next_forward_runs(opened):
         blocks.run_block(block)
     with torch.no_grad():
         assert torch.equal(blocks.result(), net(torch.ones(1, 256)))
+
+
+def test_two_share_a_process_with_a_window_each(tmp_path):
+    torch.manual_seed(2)
+    net = Loop().eval()
+    path = tmp_path / "w.safetensors"
+    save_file(net.state_dict(), path)
+    x = torch.ones(1, 256)
+    budget = resident_bytes() + 250 * 2**20
+    opened = []
+    for _ in range(2):
+        with torch.device("meta"):
+            bare = Loop()
+        opened.append(hermes.Blocks(bare, path, budget, example_args=(x,), window="1MiB", granularity="leaf"))
+    with torch.device("meta"):
+        bare = Loop()
+    with pytest.raises(hermes.InputError, match="needs a window"):
+        hermes.Blocks(bare, path, budget, example_args=(x,), window="64KiB", granularity="leaf")
+    for blocks in opened:
+        assert blocks.window_bytes == 2**20
+        blocks.begin(x)
+    while any(blocks.next_block is not None for blocks in opened):
+        for blocks in opened:
+            if (block := blocks.next_block) is not None:
+                blocks.run_block(block)
+    for blocks in opened:
+        with torch.no_grad():
+            assert torch.equal(blocks.result(), net(x))
+        blocks.close()

@@ -102,16 +102,24 @@ def test_many_tokens_and_unknown_orders(shape: tuple[int, int], monkeypatch: pyt
 
 
 @multiplies
-def test_an_order_that_does_not_fit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer candidates, the one that torch uses not among them, none is found."""
-    summing_block.cache_clear()
+@pytest.mark.parametrize("tokens", [1, 2, MOST_TOKENS])
+@pytest.mark.parametrize("shape", [(8192, 3072), (3072, 8192), (4096, 16384), (50400, 1024), (16, 4096)])
+def test_the_order_is_that_of_any_number_of_rows(shape: tuple[int, int], tokens: int) -> None:
+    """Sums of which nothing but their rounding is left, over more rows than the order was tried with."""
+    rows, columns = shape
+    half = columns // 2
+    weight, x = torch.randn(rows, columns).bfloat16(), torch.randn(tokens, columns).bfloat16()
+    weight[:, half:], x[:, half:] = -weight[:, :half].roll(5, dims=1), x[:, :half].roll(5, dims=1)
+    assert same(product.linear(x, weight, None), functional.linear(x, weight))
+
+
+@multiplies
+def test_an_order_that_is_not_among_the_known_ones_is_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
     found = summing_block(1, 64, 4096, True, torch.get_num_threads())
-    summing_block.cache_clear()
-    monkeypatch.setattr(product, "BLOCKS", [block for block in (32, 128, 768) if block != found])
-    try:
-        assert summing_block(1, 64, 4096, True, torch.get_num_threads()) in ({0, 4096} - {found} | {0})
-    finally:
-        summing_block.cache_clear()
+    monkeypatch.setattr(product, "BLOCKS", (32, 128, 768))
+    product._try_blocks.cache_clear()
+    assert summing_block(1, 64, 4096, True, torch.get_num_threads()) == (4096 if found == 4096 else 0)
+    product._try_blocks.cache_clear()
 
 
 def test_what_cannot_stay_packed() -> None:

@@ -5,7 +5,8 @@ Decisions are pure (`schedule`, `quota`, `plan`, `predict`); `turns`, `disk`, `w
 
 from hermes.fleet.blocks import Blocks
 from hermes.fleet.fleet import Fleet
-from hermes.fleet.plan import Candidate, FleetPlan, plan_fleet
+from hermes.fleet.members import Candidate
+from hermes.fleet.plan import FleetPlan, plan_fleet
 from hermes.fleet.predict import FleetPrediction, Member, predict
 from hermes.fleet.quota import Need, divide, lend
 from hermes.fleet.report import FleetReport, ModelReport

@@ -16,9 +16,9 @@ from torch import nn
 from hermes.api import settle_plan
 from hermes.engine import Engine
 from hermes.errors import EngineError, InputError
+from hermes.fleet.source import EngineSource
 from hermes.memory.allocator import keep_heap_tight
-from hermes.memory.arena import Arena
-from hermes.pipeload import Load, Place
+from hermes.pipeload import Place, smallest_ring
 from hermes.session import MARGIN_BYTES, prepare_module, start_session
 from hermes.units import format_bytes, parse_bytes
 
@@ -45,10 +45,12 @@ class Blocks:
         budget: of this process; what it leaves is the window that loaded blocks share.
         example_args: of the module's forward; needed to know the blocks in their order.
         example_kwargs: likewise.
+        window: what loaded blocks may take, if not all that the budget leaves: where several of these share a process,
+            each has the budget of all, and a window of its own.
         granularity: "leaf" (a layer with parameters), "half", or "layer" (a repeated part of the module).
         matrix_bytes: matrices of linear layers above this become several blocks, ranges of rows.
 
-    Raises BudgetError, CheckpointError, ModelError. Not thread-safe: one scheduler drives it.
+    Raises BudgetError, CheckpointError, ModelError, InputError. Not thread-safe: one scheduler drives it.
     """
 
     def __init__(
@@ -59,13 +61,18 @@ class Blocks:
         *,
         example_args: tuple[Any, ...],
         example_kwargs: Mapping[str, Any] | None = None,
+        window: str | int | None = None,
         granularity: str = "layer",
-        matrix_bytes: int | None = None,
+        matrix_bytes: str | int | None = None,
     ) -> None:
         keep_heap_tight()
         self._module = module.eval()
         prepared = prepare_module(
-            module, checkpoint, args=example_args, kwargs=example_kwargs, matrix_bytes=matrix_bytes
+            module,
+            checkpoint,
+            args=example_args,
+            kwargs=example_kwargs,
+            matrix_bytes=None if matrix_bytes is None else parse_bytes(matrix_bytes),
         )
         reader = prepared.reader()
         try:
@@ -73,13 +80,21 @@ class Blocks:
                 prepared, reader, parse_bytes(budget), granularity=granularity, resident_bytes=0, sequential=True
             )
             spare = plan.limit_bytes - MARGIN_BYTES - plan.peak_bytes
-            plan = replace(plan, ring_bytes=plan.ring_bytes + max(0, spare) // 4096 * 4096)
+            ring_bytes = plan.ring_bytes + max(0, spare)
+            if window is not None:
+                ring_bytes = min(ring_bytes, parse_bytes(window))
+            plan = replace(plan, ring_bytes=ring_bytes // 4096 * 4096)
             blocks, _ = prepared.blocks(prepared.factory(reader.alignment, plan.piece_bytes), granularity)  # type: ignore[arg-type]
             self.names: Sequence[str] = [block.name for block in blocks]
             self.block_bytes: Sequence[int] = [sum(load.slot_bytes for load in block.loads) for block in blocks]
             self.window_bytes = plan.ring_bytes
-            self._stop_at = _Boundary()
-            self._session = start_session(prepared, plan, reader, source=self._stop_at.around)
+            needed = smallest_ring([load.slot_bytes for load in block.loads] for block in blocks)
+            if needed > plan.ring_bytes:
+                raise InputError(f"the largest block needs a window of {format_bytes(needed)}, not {window}")
+            self._gate = _Gate()
+            self._session = start_session(
+                prepared, plan, reader, source=lambda engine: _GatedSource(engine, self._gate)
+            )
         except BaseException:
             reader.close()
             raise
@@ -91,14 +106,14 @@ class Blocks:
     @property
     def next_block(self) -> int | None:
         """Where the forward stands; None where none is under way. Blocks until it has come to a boundary."""
-        return self._stop_at.wait()
+        return self._gate.wait()
 
     def begin(self, *args: Any, **kwargs: Any) -> None:
         """Start a forward; it stops before its first block. Raises InputError while another one is under way."""
         if self._thread is not None:
             raise InputError("a forward is under way; run its blocks and take its result first")
         self._output = self._error = None
-        self._stop_at.begin()
+        self._gate.begin()
         self._thread = threading.Thread(target=self._run, args=(args, kwargs), name="hermes-blocks", daemon=True)
         self._thread.start()
 
@@ -121,8 +136,8 @@ class Blocks:
         if at != block:
             where = "no forward is under way; call begin()" if at is None else f"the forward comes to block {at} next"
             raise InputError(f"block {block} cannot run: {where}")
-        self._stop_at.let_go()
-        self._stop_at.wait()
+        self._gate.let_go()
+        self._gate.wait()
         if self._error is not None:
             raise self._error
 
@@ -151,7 +166,7 @@ class Blocks:
 
     def close(self) -> None:
         """End a forward under way, the agents and the memory. Idempotent."""
-        self._stop_at.cancel()
+        self._gate.cancel()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -178,26 +193,17 @@ class Blocks:
         except BaseException as error:
             self._error = error
         finally:
-            self._stop_at.end()
+            self._gate.end()
 
 
-class _Boundary:
-    """The engine as the model sees it, but for a gate before each block; the scheduler's thread opens it."""
+class _Gate:
+    """Where the forward's thread stands before each block; the scheduler's thread opens it."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._block: int | None = None  # that the forward stands at
         self._moving = False
         self._cancelled = False
-        self._engine: Engine | None = None
-
-    ring: Arena
-    store: Arena
-
-    def around(self, engine: Engine) -> Self:
-        """Be this engine."""
-        self._engine, self.ring, self.store = engine, engine.ring, engine.store
-        return self
 
     def begin(self) -> None:
         """The forward goes, up to its first block."""
@@ -228,8 +234,8 @@ class _Boundary:
             self._cancelled = True
             self._changed.notify_all()
 
-    def want(self, block: int) -> tuple[Place, ...]:
-        """Stand before the block until the gate opens."""
+    def stand(self, block: int) -> None:
+        """Be at this block until the gate opens. Raises EngineError if it is closed for good."""
         with self._changed:
             self._block, self._moving = block, False
             self._changed.notify_all()
@@ -237,30 +243,16 @@ class _Boundary:
                 if self._cancelled:
                     raise EngineError("the blocks were closed while a forward was under way")
                 self._changed.wait()
-        return self._own.want(block)
 
-    @property
-    def _own(self) -> Engine:
-        if self._engine is None:
-            raise EngineError("no engine yet")
-        return self._engine
 
-    def start(self) -> list[Place]:
-        """As the engine's."""
-        return self._own.start()
+class _GatedSource(EngineSource):
+    """An engine behind the gate."""
 
-    def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
-        """As the engine's."""
-        self._own.fetch(loads)
+    def __init__(self, engine: Engine, gate: _Gate) -> None:
+        super().__init__(engine)
+        self._gate = gate
 
-    def take(self, nbytes: int) -> Arena:
-        """As the engine's."""
-        return self._own.take(nbytes)
-
-    def begin_pass(self, heap_bytes: int = 0) -> None:
-        """As the engine's."""
-        self._own.begin_pass(heap_bytes)
-
-    def end_pass(self) -> None:
-        """As the engine's."""
-        self._own.end_pass()
+    def want(self, block: int) -> tuple[Place, ...]:
+        """As the engine's, once the gate is open."""
+        self._gate.stand(block)
+        return super().want(block)

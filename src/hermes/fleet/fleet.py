@@ -2,8 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,23 +10,24 @@ from torch import nn
 
 from hermes.errors import BudgetError, InputError
 from hermes.fleet.disk import DiskTurns
-from hermes.fleet.plan import Candidate, FleetPlan, plan_fleet
+from hermes.fleet.lanes import Lanes, drop_kernel_threads
+from hermes.fleet.measuring import SCRATCH_SLOTS, SLACK_BYTES, factory_of, measure_candidate, measure_turn
+from hermes.fleet.members import Candidate
+from hermes.fleet.plan import FleetPlan, plan_fleet
 from hermes.fleet.report import FleetReport, ModelReport, make_report
 from hermes.fleet.schedule import POLICIES, Policy
 from hermes.fleet.shares import Shares
 from hermes.fleet.turns import Turns
 from hermes.fleet.worker import Worker
-from hermes.memory.allocator import keep_heap_tight, trim_heap
+from hermes.memory.allocator import hold_heap, keep_heap_tight, trim_heap
 from hermes.memory.probe import peak_resident_bytes, resident_bytes
-from hermes.model.blocks import Block, LoadFactory
+from hermes.model.blocks import Block
 from hermes.model.inputs import example_inputs
 from hermes.session import (
-    HEAP_SLACK_BYTES,
     MARGIN_BYTES,
     UNTRACED_HEAP_BYTES,
     Prepared,
     Workload,
-    measure_calls,
     memory_limit,
     prepare_model,
     prepare_module,
@@ -36,9 +36,8 @@ from hermes.units import parse_bytes
 
 __all__ = ["Fleet", "FleetReport", "ModelReport"]
 
-MATRIX_BYTES = 32 * 2**20
+MATRIX_BYTES = 16 * 2**20
 """Larger matrices are computed by ranges of rows, or no quota below twice their size would do."""
-PIECE_BYTES = 8 * 2**20
 SKELETON_BYTES_PER_MODULE = 16 * 2**10
 
 
@@ -72,6 +71,7 @@ class Fleet:
         if policy not in (*POLICIES, "auto"):
             raise InputError(f"policy {policy!r} is none of {', '.join(POLICIES)}, auto")
         keep_heap_tight()
+        hold_heap(self.budget_bytes)  # while models are measured, as they will run
         self._policy: Policy | None = next((name for name in POLICIES if name == policy), None)
         self._max_active = max_active
         self._elastic = elastic
@@ -82,7 +82,9 @@ class Fleet:
         self._turns: Turns | None = None
         self._disk: DiskTurns | None = None
         self._shares: Shares | None = None
+        self._lanes = Lanes()
         self._floor_bytes = 0
+        self._turn_seconds = 0.0
         self._changing = threading.RLock()  # one add, remove or start at a time
         self._closed = False
 
@@ -145,7 +147,16 @@ class Fleet:
                 if self._shares is not None:
                     self._make_room(prepared)
                 call = _forward(example_args, kwargs)
-                self._candidates = {**was, name: _candidate(prepared, call, importance, deadline_seconds)}
+                self._candidates = {
+                    **was,
+                    name: measure_candidate(
+                        prepared,
+                        call,
+                        alone=not self._workers,
+                        importance=importance,
+                        deadline_seconds=deadline_seconds,
+                    ),
+                }
                 self._prepared[name] = prepared
                 if self._workers:
                     self._floor_bytes += SKELETON_BYTES_PER_MODULE * sum(1 for _ in prepared.module.modules())
@@ -164,8 +175,9 @@ class Fleet:
                 raise InputError(f"there is no model {name!r}; there are {', '.join(self._candidates) or 'none'}")
             gone = self._workers.pop(name, None)
             if gone is not None:
-                gone.stop()
                 turns, _, shares = self._running()
+                turns.wait(name)
+                gone.pause()
                 shares.let_go(name)
                 turns.leave(name)
             del self._candidates[name], self._prepared[name]
@@ -183,6 +195,7 @@ class Fleet:
             if self._plan is None:
                 if not self._candidates:
                     raise InputError("the fleet has no models; add some first")
+                self._turn_seconds = measure_turn() if len(self._candidates) > 1 else 0.0
                 trim_heap()
                 self._floor_bytes = resident_bytes()
                 self._settle()
@@ -237,9 +250,12 @@ class Fleet:
             if self._shares is not None:
                 self._shares.close()
             if self._turns is not None:
+                self._turns.drain()
                 self._turns.close()
+            self._lanes.resize(0)
             for worker in self._workers.values():
-                worker.stop()
+                worker.cancel()
+                worker.pause()
 
     def __enter__(self) -> Self:
         return self
@@ -263,13 +279,13 @@ class Fleet:
         return self._turns, self._disk, self._shares
 
     def _make_room(self, prepared: Prepared) -> None:
-        """For measuring a model beside those that run: its smallest window twice, pinned weights and activations."""
+        """For measuring a model beside those that run: its smallest window twice, what is pinned, and computing."""
         slots = [sum(load.slot_bytes for load in block.loads) for block in _leaves(prepared)]
-        pinned = sum(load.slot_bytes for load in _factory(prepared).pinned(prepared.partition.pinned).loads)
+        pinned = sum(load.slot_bytes for load in factory_of(prepared).pinned(prepared.partition.pinned).loads)
         activations = prepared.trace.peak_bytes if prepared.trace is not None else UNTRACED_HEAP_BYTES
         turns, _, shares = self._running()
         try:
-            shares.make_room(4 * max(slots, default=0) + pinned + activations)
+            shares.make_room((4 + SCRATCH_SLOTS) * max(slots, default=0) + pinned + activations)
         except BudgetError:  # not beside the others: they wait while it is measured
             turns.drain()
             for worker in self._workers.values():
@@ -285,12 +301,13 @@ class Fleet:
             limit_bytes=limit_bytes,
             margin_bytes=MARGIN_BYTES,
             floor_bytes=self._floor_bytes,
-            slack_bytes=HEAP_SLACK_BYTES,
+            slack_bytes=SLACK_BYTES,
+            turn_seconds=self._turn_seconds,
             policy=self._policy,
             max_active=self._max_active,
         )
         if self._turns is None:
-            self._turns = Turns(plan.policy, max_active=plan.max_active)
+            self._turns = Turns(plan.policy, max_active=plan.max_active, submit=self._lanes.submit)
             self._disk = DiskTurns(plan.num_reads)
             self._shares = Shares(limit_bytes, MARGIN_BYTES, self._turns, elastic=self._elastic)
         turns, disk, shares = self._running()
@@ -302,10 +319,13 @@ class Fleet:
             quota = shares.grant(name, plan.quotas[name])
             if name not in self._workers:
                 self._workers[name] = Worker(name, self._prepared[name], turns)
-                turns.join(name, plan.members[name].patience_seconds)
+                turns.join(name, plan.members[name].patience_seconds, self._workers[name].serve)
             self._workers[name].start(plan.plans[name], quota, disk)
         self._plan = plan
         shares.watch(self._workers, plan.needs)
+        hold_heap(plan.heap_bytes)
+        drop_kernel_threads()
+        self._lanes.resize(plan.max_active)
         turns.resume(plan.policy, plan.max_active)
 
 
@@ -313,26 +333,5 @@ def _forward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any]
     return lambda module: module(*args, **kwargs)
 
 
-def _candidate(
-    prepared: Prepared, call: Callable[[Any], object], importance: float, deadline_seconds: float | None
-) -> Candidate:
-    known = prepared.known
-    if known is None:  # on a thread of its own, as it will run: kernels' threads belong to it, and cost what they cost
-        with ThreadPoolExecutor(1, thread_name_prefix="hermes-fleet-measure") as pool:
-            known = pool.submit(measure_calls, prepared, call).result()
-    problem = prepared.problem(known, _factory(prepared), floor_bytes=0)
-    return Candidate(
-        problem=replace(problem, heap_bytes=0),
-        activation_bytes=problem.heap_bytes - HEAP_SLACK_BYTES,
-        importance=importance,
-        deadline_seconds=deadline_seconds,
-    )
-
-
-def _factory(prepared: Prepared) -> LoadFactory:
-    with prepared.reader() as reader:
-        return prepared.factory(reader.alignment, PIECE_BYTES)
-
-
 def _leaves(prepared: Prepared) -> list[Block]:
-    return prepared.blocks(_factory(prepared), "leaf")[0]
+    return prepared.blocks(factory_of(prepared), "leaf")[0]

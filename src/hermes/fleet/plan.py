@@ -1,51 +1,38 @@
 """Quotas, windows and policy of a fleet: few candidates, each predicted, the shortest makespan wins. Pure."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from hermes.errors import BudgetError
+from hermes.fleet.members import (
+    WINDOWS,
+    Candidate,
+    Window,
+    best_bandwidth,
+    cheapest,
+    make_member,
+    need_of,
+    num_agents,
+    slots_of,
+    worth,
+)
 from hermes.fleet.predict import FleetPrediction, Member, predict
 from hermes.fleet.quota import Need, divide
 from hermes.fleet.schedule import POLICIES, Policy
-from hermes.pipeload import smallest_ring
-from hermes.plan import Bandwidth, Plan, Problem, simulate, spread
+from hermes.plan import Bandwidth, Plan, Problem, simulate
 from hermes.units import format_budget, format_bytes
 
-__all__ = ["Candidate", "FleetPlan", "plan_fleet"]
+__all__ = ["FleetPlan", "plan_fleet"]
 
-ROUNDS = 3
+ROUNDS = 4
 """Requests of each model that a candidate is predicted over."""
-WINDOWS: tuple[tuple[str, float], ...] = (
-    ("leaf", 1.0), ("leaf", 1.5), ("leaf", 2.0), ("leaf", 3.0), ("half", 1.0), ("layer", 1.0)
-)  # fmt: skip
-"""Granularity, and windows in smallest windows, that are tried; the same for every model."""
 TILTS = (0.0, 1.0, -0.5)
 """How far models that wait for the disk rather than compute are preferred when bytes are shared out."""
 PIECE_BYTES = 2**20
 """Reads are multiples of it; two for each agent should fit the window."""
 WORTH_SWITCHING = 0.98
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A model as the fleet's planner sees it.
-
-    Attributes:
-        problem: its costs.
-        activation_bytes: what a request takes besides weights while it is under way.
-        importance: weight when bytes are shared out; and its requests are due sooner by this factor.
-        deadline_seconds: after arrival; None: by importance.
-    """
-
-    problem: Problem
-    activation_bytes: int
-    importance: float = 1.0
-    deadline_seconds: float | None = None
-
-    @property
-    def compute_seconds(self) -> float:
-        """Of one pass."""
-        return sum(unit.next_seconds for unit in self.problem.units[: self.problem.num_in_pass or None])
+WORTH_CROWDING = 0.95
+"""The same for more requests at once: what company costs is measured least well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +50,7 @@ class FleetPlan:
         plans: each model's own, within its quota.
         members: the same for predictions.
         bytes_per_second: of the disk.
+        turn_seconds: that it costs when another model's thread computes next.
         num_reads: at a time.
         round_seconds: predicted of a steady round, one request of each model, for each policy that was tried.
         bound_seconds: of such a round: what computing takes, or reading what must be read again; the longer.
@@ -79,6 +67,7 @@ class FleetPlan:
     plans: Mapping[str, Plan]
     members: Mapping[str, Member]
     bytes_per_second: float
+    turn_seconds: float
     num_reads: int
     round_seconds: Mapping[Policy, float]
     bound_seconds: float
@@ -86,24 +75,30 @@ class FleetPlan:
     def predict(self, requests: Mapping[str, int], *, policy: Policy | None = None) -> FleetPrediction:
         """Of a closed loop of so many requests of each model."""
         return predict(
-            self.members, requests, self.bytes_per_second, policy=policy or self.policy, max_active=self.max_active
+            self.members,
+            requests,
+            self.bytes_per_second,
+            policy=policy or self.policy,
+            max_active=self.max_active,
+            turn_seconds=self.turn_seconds,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Choice:
-    window: tuple[str, float]
-    tilt: float
+class _Way:
+    """Whose turn it is, among how many, and the bytes that leaves for weights."""
+
+    policy: Policy
     max_active: int
+    heap_bytes: int
+    weight_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Tried:
-    choice: _Choice
-    policy: Policy
-    heap_bytes: int
+    way: _Way
     quotas: Mapping[str, int]
-    needs: Mapping[str, Need]
+    windows: Mapping[str, Window]
     members: Mapping[str, Member]
     seconds: float
 
@@ -116,6 +111,7 @@ def plan_fleet(
     margin_bytes: int,
     floor_bytes: int,
     slack_bytes: int,
+    turn_seconds: float = 0.0,
     policy: Policy | None = None,
     max_active: int | None = None,
 ) -> FleetPlan:
@@ -128,114 +124,147 @@ def plan_fleet(
         margin_bytes: part of the limit that is not planned with.
         floor_bytes: the process before any weight.
         slack_bytes: of heap, besides activations.
+        turn_seconds: lost whenever another model's thread computes next.
         policy: of the turns, else the better one.
         max_active: requests under way at once, else what is best.
 
     Raises:
         BudgetError: with the smallest budget that works.
     """
-    bandwidth = max(
-        (b for candidate in candidates.values() for b in candidate.problem.bandwidths),
-        key=lambda b: b.bytes_per_second,
-    )
+    bandwidth = best_bandwidth([b for candidate in candidates.values() for b in candidate.problem.bandwidths])
     free = limit_bytes - margin_bytes - floor_bytes - slack_bytes
     rates = sorted(max(b.bytes_per_second for b in candidate.problem.bandwidths) for candidate in candidates.values())
     rate = rates[len(rates) // 2]
+    ways = _ways(candidates, free, policy, max_active)
     best: _Tried | None = None
-    choice = _Choice(window=WINDOWS[0], tilt=TILTS[0], max_active=max_active or len(candidates))
-    actives = [max_active] if max_active else sorted({len(candidates), min(2, len(candidates)), 1}, reverse=True)
-    for options in (
-        [{"max_active": number} for number in actives],
-        [{"window": window} for window in WINDOWS],
-        [{"tilt": tilt} for tilt in TILTS],
-    ):
-        start = best.choice if best is not None else choice
-        for option in options:
-            for one in _try(candidates, replace(start, **option), free, rate, policy):
-                if best is None or one.seconds < WORTH_SWITCHING * best.seconds:
-                    best = one
+
+    def take(way: _Way, shares: Mapping[str, tuple[int, Window]] | None) -> None:
+        nonlocal best
+        if shares is not None:
+            tried = _try(candidates, way, shares, rate, turn_seconds)
+            if best is None or tried.seconds < best.seconds * (
+                WORTH_SWITCHING if way.max_active <= best.way.max_active else WORTH_CROWDING
+            ):
+                best = tried
+
+    for way in ways:
+        take(way, _even(candidates, way, WINDOWS[0], TILTS[0], rate))
     if best is None:
         raise _refusal(candidates, budget_bytes, limit_bytes, free)
-    return _finish(candidates, best, budget_bytes, limit_bytes, floor_bytes, slack_bytes, rate, bandwidth, policy)
-
-
-def _try(
-    candidates: Mapping[str, Candidate], choice: _Choice, free_bytes: int, rate: float, policy: Policy | None
-) -> Iterator[_Tried]:
-    heap_bytes = _heap_bytes(candidates, choice.max_active)
-    needs = {name: _need(candidate.problem, choice.window) for name, candidate in candidates.items()}
-    weights = {
-        name: candidate.importance
-        * (needs[name].most_bytes - needs[name].least_bytes)
-        * (needs[name].most_bytes / rate / max(candidate.compute_seconds, 1e-6)) ** choice.tilt
-        for name, candidate in candidates.items()
-    }
-    try:
-        quotas = divide(free_bytes - heap_bytes, needs, weights)
-    except BudgetError:
-        return
-    members = {name: _member(candidates, name, quotas[name], choice.window) for name in candidates}
-    requests = dict.fromkeys(candidates, ROUNDS)
-    for one in POLICIES if policy is None else (policy,):
-        prediction = predict(members, requests, rate, policy=one, max_active=choice.max_active)
-        yield _Tried(
-            choice=choice,
-            policy=one,
-            heap_bytes=heap_bytes,
-            quotas=quotas,
-            needs=needs,
-            members=members,
-            seconds=prediction.makespan_seconds,
-        )
-
-
-def _heap_bytes(candidates: Mapping[str, Candidate], max_active: int) -> int:
-    return sum(sorted((candidate.activation_bytes for candidate in candidates.values()), reverse=True)[:max_active])
-
-
-def _slots(problem: Problem, granularity: str) -> list[list[int]]:
-    return [[n for unit in block for n in problem.units[unit].slot_bytes] for block in problem.groups[granularity]]
-
-
-def _need(problem: Problem, window: tuple[str, float]) -> Need:
-    """Least: pinned, buffers and the window, or everything where that is less."""
-    slots = _slots(problem, window[0])
-    fixed = problem.pinned_bytes + _num_agents(problem) * problem.buffer_bytes
-    total = sum(map(sum, slots))
-    ring_bytes = int(smallest_ring(slots) * window[1]) // 4096 * 4096
-    return Need(least_bytes=fixed + min(ring_bytes, total), most_bytes=fixed + total)
-
-
-def _num_agents(problem: Problem) -> int:
-    return max(problem.bandwidths, key=lambda b: b.bytes_per_second).num_agents
-
-
-def _member(candidates: Mapping[str, Candidate], name: str, quota_bytes: int, window: tuple[str, float]) -> Member:
-    candidate = candidates[name]
-    problem = candidate.problem
-    slots = _slots(problem, window[0])
-    fixed = problem.pinned_bytes + _num_agents(problem) * problem.buffer_bytes
-    total, free = sum(map(sum, slots)), quota_bytes - fixed
-    ring_bytes = max(smallest_ring(slots), int(smallest_ring(slots) * window[1]) // 4096 * 4096)
-    if free >= total:
-        resident, ring_bytes = spread(slots, total), min(ring_bytes, free - total)
-    else:
-        resident = spread(slots, free - ring_bytes)
-    in_pass = problem.num_in_pass or len(problem.units)
-    groups = [block for block in problem.groups[window[0]] if block[0] < in_pass]
-    everyone = sum(one.compute_seconds for one in candidates.values())
-    return Member(
-        slots=slots[: len(groups)],
-        reads=[[n for unit in block for n in problem.units[unit].read_bytes] for block in groups],
-        block_seconds=[sum(problem.units[unit].next_seconds for unit in block) for block in groups],
-        resident=resident,
-        ring_bytes=ring_bytes,
-        patience_seconds=candidate.deadline_seconds or everyone / candidate.importance,
+    best_way, quotas = best.way, best.quotas
+    if any(member.pass_bytes for member in best.members.values()):
+        for window in WINDOWS:
+            take(best_way, _even(candidates, best_way, window, TILTS[0], rate))
+        for tilt in TILTS:
+            take(best_way, _even(candidates, best_way, WINDOWS[0], tilt, rate))
+        curves = worth(candidates, quotas, rate)
+        for way in ways:
+            take(way, cheapest(candidates, curves, way.weight_bytes))
+    return _finish(
+        candidates, best, budget_bytes, limit_bytes, floor_bytes, slack_bytes, rate, turn_seconds, bandwidth, policy
     )
 
 
+def _ways(
+    candidates: Mapping[str, Candidate], free_bytes: int, policy: Policy | None, max_active: int | None
+) -> list[_Way]:
+    """What is tried. "round-robin" goes round all models, as published, or as many as there is room for."""
+    everyone = len(candidates)
+    least = sum(need_of(candidate.problem, WINDOWS[0]).least_bytes for candidate in candidates.values())
+    ways = []
+    for one in reversed(POLICIES):
+        if policy in (one, None):
+            fitting = []
+            for number in range(everyone, 0, -1) if max_active is None else (max_active,):
+                heap_bytes = _heap_bytes(candidates, number)
+                if least <= free_bytes - heap_bytes:
+                    fitting.append(
+                        _Way(
+                            policy=one,
+                            max_active=number,
+                            heap_bytes=heap_bytes,
+                            weight_bytes=free_bytes - heap_bytes,
+                        )
+                    )
+            if one == "round-robin":
+                ways += fitting[:1]
+            else:
+                ways += [way for way in reversed(fitting) if way.max_active in (1, 2, everyone, max_active)]
+    return ways
+
+
+def _even(
+    candidates: Mapping[str, Candidate], way: _Way, window: Window, tilt: float, rate: float
+) -> dict[str, tuple[int, Window]] | None:
+    """The same window for all, and bytes by importance; None where they do not fit."""
+    needs = {name: need_of(candidate.problem, window) for name, candidate in candidates.items()}
+    weights = {
+        name: candidate.importance
+        * (needs[name].most_bytes - needs[name].least_bytes)
+        * (needs[name].most_bytes / rate / max(candidate.compute_seconds, 1e-6)) ** tilt
+        for name, candidate in candidates.items()
+    }
+    try:
+        return {name: (nbytes, window) for name, nbytes in divide(way.weight_bytes, needs, weights).items()}
+    except BudgetError:
+        return None
+
+
+def _try(
+    candidates: Mapping[str, Candidate],
+    way: _Way,
+    shares: Mapping[str, tuple[int, Window]],
+    rate: float,
+    turn_seconds: float,
+) -> _Tried:
+    """Predict it; what bytes the shares leave go to all alike first."""
+    needs = {name: need_of(candidates[name].problem, window) for name, (_, window) in shares.items()}
+    wanted = {
+        name: Need(least_bytes=nbytes, most_bytes=max(nbytes, needs[name].most_bytes))
+        for name, (nbytes, _) in shares.items()
+    }
+    room = {name: float(need.most_bytes - need.least_bytes) for name, need in wanted.items()}
+    quotas = divide(way.weight_bytes, wanted, room)
+    everyone = sum(one.compute_seconds for one in candidates.values())
+    # Of all together: the figure of each is a difference of two small ones.
+    crowding = sum(one.crowding * one.compute_seconds for one in candidates.values()) / max(everyone, 1e-9)
+    members = {
+        name: make_member(
+            candidate,
+            quotas[name],
+            shares[name][1],
+            rate,
+            patience_seconds=candidate.deadline_seconds or everyone / candidate.importance,
+            slowdown=crowding if way.max_active > 1 else 1.0,
+        )
+        for name, candidate in candidates.items()
+    }
+    prediction = predict(
+        members,
+        dict.fromkeys(candidates, ROUNDS),
+        rate,
+        policy=way.policy,
+        max_active=way.max_active,
+        turn_seconds=turn_seconds,
+    )
+    return _Tried(
+        way=way,
+        quotas=quotas,
+        windows={name: window for name, (_, window) in shares.items()},
+        members=members,
+        seconds=prediction.makespan_seconds,
+    )
+
+
+def _heap_bytes(candidates: Mapping[str, Candidate], max_active: int) -> int:
+    """One model computes at a time: scratch is taken once, activations by every request under way."""
+    scratch = max(candidate.scratch_bytes for candidate in candidates.values())
+    held = sorted((candidate.activation_bytes for candidate in candidates.values()), reverse=True)
+    return scratch + sum(held[:max_active])
+
+
 def _refusal(candidates: Mapping[str, Candidate], budget_bytes: int, limit_bytes: int, free_bytes: int) -> BudgetError:
-    least = sum(_need(candidate.problem, WINDOWS[0]).least_bytes for candidate in candidates.values())
+    least = sum(need_of(candidate.problem, WINDOWS[0]).least_bytes for candidate in candidates.values())
     minimum = limit_bytes - free_bytes + _heap_bytes(candidates, 1) + least
     return BudgetError(
         f"{len(candidates)} models need {format_bytes(minimum)}, {format_bytes(least)} of it for their smallest "
@@ -252,35 +281,48 @@ def _finish(
     floor_bytes: int,
     slack_bytes: int,
     rate: float,
+    turn_seconds: float,
     bandwidth: Bandwidth,
     policy: Policy | None,
 ) -> FleetPlan:
     plans = {
-        name: _plan(candidate.problem, best.members[name], best.quotas[name], best.choice.window[0], rate, bandwidth)
+        name: _plan(candidate.problem, best.members[name], best.quotas[name], best.windows[name][0], rate, bandwidth)
         for name, candidate in candidates.items()
     }
     seconds = {}
     for one in POLICIES if policy is None else (policy,):
         cold, warm = (
             predict(
-                best.members, dict.fromkeys(candidates, rounds), rate, policy=one, max_active=best.choice.max_active
-            ).makespan_seconds
+                best.members,
+                dict.fromkeys(candidates, rounds),
+                rate,
+                policy=one,
+                max_active=best.way.max_active,
+                turn_seconds=turn_seconds,
+            )
             for rounds in (ROUNDS, 2 * ROUNDS)
         )
-        seconds[one] = (warm - cold) / ROUNDS
+        seconds[one] = (warm.makespan_seconds - cold.makespan_seconds) / ROUNDS
     reading = sum(member.pass_bytes for member in best.members.values()) / rate
     return FleetPlan(
         budget_bytes=budget_bytes,
         limit_bytes=limit_bytes,
         floor_bytes=floor_bytes,
-        heap_bytes=best.heap_bytes + slack_bytes,
-        policy=best.policy,
-        max_active=best.choice.max_active,
+        heap_bytes=best.way.heap_bytes + slack_bytes,
+        policy=best.way.policy,
+        max_active=best.way.max_active,
         quotas=best.quotas,
-        needs=best.needs,
+        needs={
+            name: Need(
+                least_bytes=min(best.quotas[name], best.members[name].least_bytes),
+                most_bytes=need_of(one.problem, best.windows[name]).most_bytes,
+            )
+            for name, one in candidates.items()
+        },
         plans=plans,
         members=best.members,
         bytes_per_second=rate,
+        turn_seconds=turn_seconds,
         num_reads=bandwidth.num_agents,
         round_seconds=seconds,
         bound_seconds=max(reading, sum(candidate.compute_seconds for candidate in candidates.values())),
@@ -290,19 +332,20 @@ def _finish(
 def _plan(
     problem: Problem, member: Member, quota_bytes: int, granularity: str, rate: float, bandwidth: Bandwidth
 ) -> Plan:
-    slots = _slots(problem, granularity)
+    slots = slots_of(problem, granularity)
     resident = tuple(frozenset(loads) for loads in member.resident)
     alone = simulate(problem, problem.groups[granularity][: len(member.slots)], resident, member.ring_bytes, rate)
     kept = sum(slots[block][load] for block, loads in enumerate(resident) for load in loads)
     compute = sum(member.block_seconds)
-    reading, num_agents = member.pass_bytes / rate, _num_agents(problem)
+    reading = member.pass_bytes / rate
+    agents = num_agents(problem)
     return Plan(
         budget_bytes=quota_bytes,
         limit_bytes=quota_bytes,
         granularity=granularity,
-        num_agents=num_agents,
+        num_agents=agents,
         piece_bytes=min(
-            bandwidth.piece_bytes, max(PIECE_BYTES, member.ring_bytes // (2 * num_agents) // PIECE_BYTES * PIECE_BYTES)
+            bandwidth.piece_bytes, max(PIECE_BYTES, member.ring_bytes // (2 * agents) // PIECE_BYTES * PIECE_BYTES)
         ),
         ring_bytes=member.ring_bytes,
         resident=resident,

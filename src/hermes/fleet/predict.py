@@ -20,13 +20,17 @@ PIECE_BYTES = 8 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A model with its plan, as the prediction sees it. For each block: slot and read bytes of its loads, seconds."""
+    """A model with its plan, as the prediction sees it. For each block: slot and read bytes of its loads, seconds.
+
+    `least_bytes` of its quota are in use whatever it gives back.
+    """
 
     slots: Sequence[Sequence[int]]
     reads: Sequence[Sequence[int]]
     block_seconds: Sequence[float]
     resident: Sequence[Set[int]]
     ring_bytes: int
+    least_bytes: int
     patience_seconds: float
 
     @property
@@ -71,9 +75,13 @@ def predict(
     *,
     policy: Policy,
     max_active: int,
+    turn_seconds: float = 0.0,
 ) -> FleetPrediction:
-    """Simulate so many requests of each model. Cold at the start: resident weights are read by the first passes."""
-    return _World(members, requests, bytes_per_second, policy, max_active).play()
+    """Simulate so many requests of each model. Cold at the start: resident weights are read by the first passes.
+
+    `turn_seconds` are lost whenever the turn goes to another model while both are under way.
+    """
+    return _World(members, requests, bytes_per_second, policy, max_active, turn_seconds).play()
 
 
 class _World:
@@ -84,8 +92,11 @@ class _World:
         bytes_per_second: float,
         policy: Policy,
         max_active: int,
+        turn_seconds: float,
     ) -> None:
         self.now = 0.0
+        self.turn_seconds = turn_seconds if max_active > 1 else 0.0
+        self.last: str | None = None  # whose turn it was
         self.rate = bytes_per_second
         self.schedule = Schedule(policy, max_active=max_active)
         self.bytes_read = 0
@@ -142,12 +153,14 @@ class _World:
 
     def go(self, name: str) -> None:
         run = self.runs[name]
+        changing = self.turn_seconds if self.last not in (name, None) else 0.0
+        self.last = name
         if run.block < 0:
-            self.at(0.0, "block", name)
+            self.at(changing, "block", name)
             return
         if not run.granted:
             self.carry_out(name, run.pipeline.on(BlockWanted(run.block)))
-        self.at(run.member.block_seconds[run.block], "block", name)
+        self.at(changing + run.member.block_seconds[run.block], "block", name)
 
     def reach(self, name: str) -> None:
         """The model whose turn it is has come to the end of a block, or to the start of its request."""

@@ -2,13 +2,26 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 
 from hermes.engine import Engine
-from hermes.fleet.schedule import Arrived, Changed, Event, Finished, Go, Joined, Left, Policy, Reached, Ready, Schedule
-from hermes.memory.arena import Arena
-from hermes.pipeload import Load, Place
+from hermes.fleet.schedule import (
+    Admit,
+    Arrived,
+    Changed,
+    Event,
+    Finished,
+    Go,
+    Joined,
+    Left,
+    Policy,
+    Reached,
+    Ready,
+    Schedule,
+)
+from hermes.fleet.source import EngineSource
+from hermes.pipeload import Place
 
 __all__ = ["TurnSource", "Turns"]
 
@@ -17,18 +30,34 @@ class Turns:
     """`Schedule` under a lock. Each method is one event; `take` blocks until it is that model's turn.
 
     The lock is held for microseconds, never over a read or a computation.
+
+    Args:
+        policy: as the schedule's.
+        max_active: likewise.
+        submit: given what a model has joined with, once for each of its requests, when that may begin.
+        clock: of arrivals and deadlines.
     """
 
-    def __init__(self, policy: Policy, *, max_active: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_active: int,
+        submit: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.clock = clock
+        self._submit = submit
+        self._serve: dict[str, Callable[[], None]] = {}
         self._schedule = Schedule(policy, max_active=max_active)
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         self._turns: dict[str, threading.Semaphore] = {}
         self._closed = False
 
-    def join(self, model: str, patience_seconds: float) -> None:
-        """A model has come. Raises InputError if its name is taken."""
+    def join(self, model: str, patience_seconds: float, serve: Callable[[], None]) -> None:
+        """A model has come, whose requests `serve` answers one by one. Raises InputError if its name is taken."""
+        self._serve[model] = serve
         self._tell(Joined(model, patience_seconds))
 
     def leave(self, model: str) -> None:
@@ -76,6 +105,12 @@ class Turns:
             while self._schedule.active and not self._closed:
                 self._ended.wait()
 
+    def wait(self, model: str) -> None:
+        """Until the model has no request any more."""
+        with self._lock:
+            while self._schedule.backlog(model) and not self._closed:
+                self._ended.wait()
+
     def resume(self, policy: Policy, max_active: int) -> None:
         """Begin what waits, in this way."""
         self._tell(Changed(policy, max_active))
@@ -99,24 +134,22 @@ class Turns:
             orders = self._schedule.on(event)
             self._ended.notify_all()
             for order in orders:
-                if isinstance(order, Go):
-                    self._turns.setdefault(order.model, threading.Semaphore(0)).release()
+                match order:
+                    case Admit(model):
+                        self._submit(self._serve[model])
+                    case Go(model):
+                        self._turns.setdefault(model, threading.Semaphore(0)).release()
 
 
-class TurnSource:
+class TurnSource(EngineSource):
     """An engine as its model sees it in a fleet: at each block boundary others may come first.
 
     The turn is given up while a block is on its way, so that one model's disk hides behind another's computation.
     """
 
     def __init__(self, engine: Engine, turns: Turns, model: str) -> None:
-        self._engine, self._turns, self._model = engine, turns, model
-        self.ring: Arena = engine.ring
-        self.store: Arena = engine.store
-
-    def start(self) -> list[Place]:
-        """As the engine's."""
-        return self._engine.start()
+        super().__init__(engine)
+        self._turns, self._model = turns, model
 
     def want(self, block: int) -> tuple[Place, ...]:
         """As the engine's; returns when the block is there and it is this model's turn."""
@@ -131,19 +164,3 @@ class TurnSource:
         finally:  # after an error too: the turn is given up where the request ends
             self._turns.ready(self._model)
             self._turns.take(self._model)
-
-    def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
-        """As the engine's, within the turn: single rows, which take a moment."""
-        self._engine.fetch(loads)
-
-    def take(self, nbytes: int) -> Arena:
-        """As the engine's."""
-        return self._engine.take(nbytes)
-
-    def begin_pass(self, heap_bytes: int = 0) -> None:
-        """As the engine's."""
-        self._engine.begin_pass(heap_bytes)
-
-    def end_pass(self) -> None:
-        """As the engine's."""
-        self._engine.end_pass()

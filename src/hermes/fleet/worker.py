@@ -1,7 +1,7 @@
-"""A model of a fleet with its thread: takes requests one after the other, waits for its turn, computes, answers."""
+"""A model of a fleet: takes requests one after the other, waits for its turn, computes, answers."""
 
+import contextlib
 import queue
-import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -42,6 +42,8 @@ class _Job:
 class Worker:
     """Runs one model. `submit` from any thread; `start` and `pause` while no request is under way (`Turns.drain`).
 
+    `Turns` has `serve` called once for each request that was submitted, one at a time.
+
     What a request raises goes to its future, and the model goes on. Where its engine has failed (a file that cannot be
     read), its memory is given back, `failure` says why, and every further request gets that error.
     """
@@ -53,9 +55,7 @@ class Worker:
         self.failure: BaseException | None = None
         self.session: Session | None = None
         self._turns = turns
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"hermes-fleet-{name}", daemon=True)
-        self._thread.start()
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
 
     def start(self, plan: Plan, quota: Ledger, disk: DiskTurns) -> None:
         """Begin to run with this plan; blocking until small weights are read. Where they cannot be, it has failed."""
@@ -73,7 +73,7 @@ class Worker:
         )
 
     def submit(self, call: Callable[[Any], Any], deadline_seconds: float | None) -> "Future[Any]":
-        """`call(module)` on this model's thread when its turn comes; never blocks."""
+        """`call(module)` when its turn comes; never blocks."""
         job = _Job(call=call, future=Future(), arrived_seconds=self._turns.clock(), deadline_seconds=deadline_seconds)
         self._turns.announce(self.name, deadline_seconds)
         self._jobs.put(job)
@@ -85,15 +85,15 @@ class Worker:
             self.session.close()
             self.session = None
 
-    def stop(self) -> None:
-        """Answer what was submitted, then end thread and session. Idempotent."""
-        self._jobs.put(None)
-        self._thread.join()
-        self.pause()
+    def cancel(self) -> None:
+        """Of what was submitted and has not begun; `Turns` is closed."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait().future.set_exception(CancelledError(f"{self.name}: the fleet was closed"))
 
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self._answer(job)
+    def serve(self) -> None:
+        """Answer the oldest request, which has been admitted. Raises nothing: what it raises is its answer."""
+        self._answer(self._jobs.get())
 
     def _answer(self, job: _Job) -> None:
         result: Any = None

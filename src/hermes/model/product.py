@@ -6,13 +6,9 @@ nothing again for each so many), which is found out by trying. For many tokens, 
 with a few rows at a time unpacked for it.
 """
 
-import ctypes
 import functools
 import math
-import mmap
-import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch.nn import functional
@@ -34,7 +30,8 @@ BLOCKS = (512, 1024, 256, 2048)
 """Columns after which kernels were seen to begin a new sum, or might."""
 GROUP_ROWS = 16
 """And, of plain rows, of this."""
-PATTERN_ROWS = 64
+TRIED_BYTES = 4 * 2**20
+"""Of a matrix to find the order of sums with."""
 
 
 def can_stay_packed(dtype: torch.dtype, shape: Sequence[int]) -> bool:
@@ -142,72 +139,32 @@ def _product(x: torch.Tensor, rows: int, bias: torch.Tensor | None, block: int) 
     }, output
 
 
-@functools.cache
 def summing_block(tokens: int, rows: int, columns: int, has_bias: bool, threads: int) -> int:
     """After so many columns torch's bf16 product of this shape begins a new sum on this machine; 0 if in no known way.
 
-    By trying: products of numbers that cancel each other all but entirely, so that every other order gives other bits.
-    Some milliseconds, and no more memory than a few rows: torch is shown the same ones again and again.
+    By trying, with at most `TRIED_BYTES` of rows: kernels deal rows out to threads, each of them summed alike.
     """
     if native() is None or not native().can_multiply() or columns % COLUMNS:
         return 0
+    return _try_blocks(tokens, min(rows, max(GROUP_ROWS, TRIED_BYTES // (2 * columns))), columns, has_bias, threads)
+
+
+@functools.cache
+def _try_blocks(tokens: int, rows: int, columns: int, has_bias: bool, threads: int) -> int:
+    """Some milliseconds: numbers whose products cancel each other all but entirely, so that every other order shows."""
     generator = torch.Generator().manual_seed(columns)
     half = columns // 2
+    padded = -(-rows // GROUP_ROWS) * GROUP_ROWS
     x = torch.randn(tokens, columns, generator=generator).bfloat16()
-    pattern = (torch.randn(PATTERN_ROWS, columns, generator=generator) / 64).bfloat16()
+    weight = (torch.randn(padded, columns, generator=generator) / 64).bfloat16()
     # Products are exact in float32, so that what is left of such sums is their rounding alone, as large as this bias.
     x[:, half:] = x[:, :half].roll(7, dims=1)
-    pattern[:, half:] = -pattern[:, :half].roll(7, dims=1)
-    padded = -(-rows // PATTERN_ROWS) * PATTERN_ROWS
+    weight[:, half:] = -weight[:, :half].roll(7, dims=1)
     bias = (torch.randn(padded, generator=generator) / 2**18).bfloat16() if has_bias else None
-    expected = _torch_product(x, pattern, rows, None if bias is None else bias[:rows])
-    if expected is None:
-        return 0
+    expected = functional.linear(x, weight[:rows], None if bias is None else bias[:rows])
     for block in (*BLOCKS, columns):
-        got = torch.empty(tokens, padded, dtype=torch.bfloat16)
-        for begin in range(0, rows, PATTERN_ROWS):
-            native().multiply(
-                pattern.data_ptr(), PATTERN_ROWS, columns, x=x.data_ptr(), tokens=tokens,
-                bias=0 if bias is None else bias[begin:].data_ptr(), block=block,
-                y=got[:, begin:].data_ptr(), y_stride=got.shape[1], threads=threads,
-            )  # fmt: skip
+        what, got = _product(x, padded, bias, block)
+        native().multiply(weight.data_ptr(), padded, columns, **what)
         if torch.equal(got[:, :rows].view(torch.int16), expected.view(torch.int16)):
             return block
     return 0
-
-
-def _torch_product(x: torch.Tensor, pattern: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """With a matrix of that many rows, in which the pattern's come again and again; None where it cannot be made."""
-    content = _bytes(pattern)
-    nbytes = len(content)
-    if nbytes % mmap.PAGESIZE or not hasattr(os, "memfd_create"):
-        return None
-    times = -(-rows // PATTERN_ROWS)
-    region = mmap.mmap(-1, times * nbytes)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(region))
-    file = os.memfd_create("hermes-pattern")
-    try:
-        os.write(file, content)
-        places = range(address, address + times * nbytes, nbytes)
-        if not all(_map_over(place, nbytes, file) for place in places):
-            return None
-    finally:
-        os.close(file)
-    matrix = torch.frombuffer(region, dtype=torch.bfloat16)[: rows * pattern.shape[1]].view(rows, -1)
-    return functional.linear(x, matrix, bias)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    array: Any = tensor.view(torch.uint8).numpy()
-    return memoryview(array).cast("B")
-
-
-def _map_over(address: int, nbytes: int, file: int) -> bool:
-    """Put the file's first bytes in the place of what is mapped there."""
-    libc = ctypes.CDLL(None)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-    return bool(libc.mmap(address, nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, file, 0) == address)
-
-
-_MAP_FIXED = 0x10

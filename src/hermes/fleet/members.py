@@ -1,0 +1,262 @@
+"""A model as the planner tries it: window, weights that stay, and what its quota is worth. Pure."""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from hermes.fleet.predict import Member, predict
+from hermes.fleet.quota import Need
+from hermes.pipeload import smallest_ring
+from hermes.plan import Bandwidth, Problem, spread
+
+__all__ = [
+    "WINDOWS",
+    "Candidate",
+    "Window",
+    "Worth",
+    "best_bandwidth",
+    "cheapest",
+    "make_member",
+    "need_of",
+    "num_agents",
+    "slots_of",
+    "worth",
+]
+
+Window = tuple[str, float]
+"""Granularity, and bytes in smallest windows."""
+WINDOWS: tuple[Window, ...] = (
+    ("leaf", 1.0), ("leaf", 1.5), ("leaf", 2.0), ("leaf", 3.0), ("half", 1.0), ("layer", 1.0)
+)  # fmt: skip
+TRIED_ALONE: tuple[Window, ...] = (("leaf", 1.0), ("leaf", 2.0), ("leaf", 4.0))
+WORTH_WINDOW = 0.995
+"""A larger one must bring that: what it holds is read again in each pass."""
+STEPS = 6
+"""Quotas of a model that are tried, between the least it can do with and all it has."""
+ROUNDS = 3
+AS_FAST = 0.9
+REST = "the others"
+MOST_KEPT = 12
+"""Blocks that may stay for the sake of a smaller window."""
+SMALLEST_RING_BYTES = 16 * 2**20
+"""In less, reads get so short that each one's own cost shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model as the fleet's planner sees it.
+
+    Attributes:
+        problem: its costs.
+        activation_bytes: what a request holds besides weights while it is under way.
+        scratch_bytes: what computing a block takes besides; of one model at a time.
+        crowding: how much longer it computes where several requests are under way, each on a thread of its own.
+        importance: weight when bytes are shared out; and its requests are due sooner by this factor.
+        deadline_seconds: after arrival; None: by importance.
+    """
+
+    problem: Problem
+    activation_bytes: int
+    scratch_bytes: int = 0
+    crowding: float = 1.0
+    importance: float = 1.0
+    deadline_seconds: float | None = None
+
+    @property
+    def compute_seconds(self) -> float:
+        """Of one pass."""
+        return sum(unit.next_seconds for unit in self.problem.units[: self.problem.num_in_pass or None])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Worth:
+    """Seconds for a few rounds with so many bytes, and the window that takes least of them."""
+
+    nbytes: int
+    seconds: float
+    window: Window
+
+
+def slots_of(problem: Problem, granularity: str) -> list[list[int]]:
+    """For each block the slot bytes of its loads."""
+    return [[n for unit in block for n in problem.units[unit].slot_bytes] for block in problem.groups[granularity]]
+
+
+def best_bandwidth(bandwidths: Sequence[Bandwidth]) -> Bandwidth:
+    """That of the fewest agents that read about as fast as any: each one that wakes takes time from who computes."""
+    best = max(b.bytes_per_second for b in bandwidths)
+    return min(
+        (b for b in bandwidths if b.bytes_per_second >= AS_FAST * best),
+        key=lambda b: (b.num_agents, -b.bytes_per_second),
+    )
+
+
+def num_agents(problem: Problem) -> int:
+    """Loading Agents of the model."""
+    return best_bandwidth(problem.bandwidths).num_agents
+
+
+def need_of(problem: Problem, window: Window) -> Need:
+    """Least: pinned, buffers, a window and what has no room in it, or everything where that is less."""
+    slots = slots_of(problem, window[0])
+    fixed = _fixed_bytes(problem)
+    total = sum(map(sum, slots))
+    least = min(one.kept_bytes + one.ring_bytes for one in _rings(slots, window))
+    return Need(least_bytes=fixed + min(least, total), most_bytes=fixed + total)
+
+
+def make_member(
+    candidate: Candidate, quota_bytes: int, window: Window, rate: float, *, patience_seconds: float, slowdown: float
+) -> Member:
+    """The model with this quota, which is its least or more.
+
+    What stays are first the few blocks that would need a larger window than all others, as far as there is room: every
+    byte of the window is read again in each pass. Then those that take longer to read from a disk of this `rate` than
+    to compute: the others hide behind their own computing. Where all or none do, the same share of each stays.
+    """
+    problem = candidate.problem
+    slots = slots_of(problem, window[0])
+    fixed, total = _fixed_bytes(problem), sum(map(sum, slots))
+    free = quota_bytes - fixed
+    in_pass = problem.num_in_pass or len(problem.units)
+    groups = [block for block in problem.groups[window[0]] if block[0] < in_pass]
+    seconds = [slowdown * sum(problem.units[unit].next_seconds for unit in block) for block in groups]
+    if free >= total:
+        ring = _Ring(kept=frozenset(), kept_bytes=total, ring_bytes=0)  # without a window nothing can be lent
+        resident = spread(slots, total)
+    else:
+        fitting = [one for one in _rings(slots, window) if one.kept_bytes + one.ring_bytes <= free]
+        ring = min(fitting, key=lambda one: one.ring_bytes)
+        rest = [() if number in ring.kept else loads for number, loads in enumerate(slots)]
+        resident = _resident(rest, seconds, free - ring.ring_bytes - ring.kept_bytes, rate)
+        for number in ring.kept:
+            resident[number] = frozenset(range(len(slots[number])))
+    return Member(
+        slots=slots[: len(groups)],
+        reads=[[n for unit in block for n in problem.units[unit].read_bytes] for block in groups],
+        block_seconds=seconds,
+        resident=resident,
+        ring_bytes=ring.ring_bytes,
+        least_bytes=fixed + ring.kept_bytes + ring.ring_bytes,
+        patience_seconds=patience_seconds,
+    )
+
+
+def worth(candidates: Mapping[str, Candidate], quotas: Mapping[str, int], rate: float) -> dict[str, list[Worth]]:
+    """What bytes are worth to each model: ever more of them, ever fewer seconds, from its least on.
+
+    A model is tried alone, while the others (with `quotas`) compute and read between its requests.
+    """
+    everyone = sum(candidate.compute_seconds for candidate in candidates.values())
+    reading = {
+        name: need_of(candidate.problem, WINDOWS[0]).most_bytes - quotas[name] for name, candidate in candidates.items()
+    }
+    curves = {}
+    for name, candidate in candidates.items():
+        others = _rest(everyone - candidate.compute_seconds, sum(reading.values()) - reading[name])
+        curves[name] = _curve(candidate, others, rate)
+    return curves
+
+
+def cheapest(
+    candidates: Mapping[str, Candidate], curves: Mapping[str, Sequence[Worth]], budget_bytes: int
+) -> dict[str, tuple[int, Window]] | None:
+    """Bytes and window of each model: step by step to whoever gains most seconds, by importance, for each byte.
+
+    None where the least do not fit.
+    """
+    at = {name: curve[0] for name, curve in curves.items()}
+    left = budget_bytes - sum(here.nbytes for here in at.values())
+    if left < 0:
+        return None
+    while True:
+        best: tuple[float, str, Worth] | None = None
+        for name, curve in curves.items():
+            for further in curve:
+                more_bytes, gain = further.nbytes - at[name].nbytes, at[name].seconds - further.seconds
+                value = candidates[name].importance * gain / max(1, more_bytes)
+                if 0 < more_bytes <= left and value > 0 and (best is None or value > best[0]):
+                    best = (value, name, further)
+        if best is None:
+            return {name: (here.nbytes, here.window) for name, here in at.items()}
+        _, name, further = best
+        left -= further.nbytes - at[name].nbytes
+        at[name] = further
+
+
+def _curve(candidate: Candidate, others: Member, rate: float) -> list[Worth]:
+    least, most = (getattr(need_of(candidate.problem, WINDOWS[0]), end) for end in ("least_bytes", "most_bytes"))
+    curve: list[Worth] = []
+    for step in range(STEPS + 1):
+        quota = least + (most - least) * step // STEPS
+        best: tuple[float, Window] | None = None
+        for window in TRIED_ALONE:
+            if need_of(candidate.problem, window).least_bytes <= quota:
+                member = make_member(candidate, quota, window, rate, patience_seconds=1.0, slowdown=1.0)
+                seconds = _seconds(member, others, rate)
+                if best is None or seconds < WORTH_WINDOW * best[0]:
+                    best = (seconds, window)
+        if best is not None and (not curve or best[0] < curve[-1].seconds):
+            curve.append(Worth(nbytes=quota, seconds=best[0], window=best[1]))
+    return curve
+
+
+def _seconds(member: Member, others: Member, rate: float) -> float:
+    members = {"": member, REST: others}
+    return predict(members, dict.fromkeys(members, ROUNDS), rate, policy="deadline", max_active=1).makespan_seconds
+
+
+def _rest(compute_seconds: float, read_bytes: int) -> Member:
+    """All other models as one, that computes so long and then has read so much for its next request."""
+    return Member(
+        slots=((read_bytes,),),
+        reads=((read_bytes,),),
+        block_seconds=(compute_seconds,),
+        resident=(frozenset(),),
+        ring_bytes=2 * read_bytes,
+        least_bytes=0,
+        patience_seconds=1.0,
+    )
+
+
+def _resident(
+    slots: Sequence[Sequence[int]], seconds: Sequence[float], budget_bytes: int, rate: float
+) -> list[frozenset[int]]:
+    late = [number < len(seconds) and sum(loads) > seconds[number] * rate for number, loads in enumerate(slots)]
+    kept: list[Set[int]] = [frozenset() for _ in slots]
+    for turn in (True, False):
+        if budget_bytes > 0:
+            chosen = spread([loads if late[n] is turn else () for n, loads in enumerate(slots)], budget_bytes)
+            kept = [had | new for had, new in zip(kept, chosen, strict=True)]
+            budget_bytes -= sum(slots[block][load] for block, loads in enumerate(chosen) for load in loads)
+    return [frozenset(loads) for loads in kept]
+
+
+def _fixed_bytes(problem: Problem) -> int:
+    return problem.pinned_bytes + num_agents(problem) * problem.buffer_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ring:
+    """A window, and the blocks that are too large for it and stay."""
+
+    kept: frozenset[int]
+    kept_bytes: int
+    ring_bytes: int
+
+
+def _rings(slots: Sequence[Sequence[int]], window: Window) -> list[_Ring]:
+    """Windows that can be had for a model, the largest first: all its blocks pass through, or all but the largest."""
+    order = sorted(range(len(slots)), key=lambda number: -smallest_ring([slots[number]]))
+    found: list[_Ring] = []
+    for count, number in enumerate(order[: MOST_KEPT + 1]):
+        smallest = smallest_ring([slots[number]])
+        if found and smallest < SMALLEST_RING_BYTES:
+            break
+        found.append(
+            _Ring(
+                kept=frozenset(order[:count]),
+                kept_bytes=sum(sum(slots[block]) for block in order[:count]),
+                ring_bytes=max(smallest, int(smallest * window[1]) // 4096 * 4096),
+            )
+        )
+    return found or [_Ring(kept=frozenset(), kept_bytes=0, ring_bytes=0)]

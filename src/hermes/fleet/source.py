@@ -1,0 +1,42 @@
+"""What stands between a model and its engine, and changes nothing: a start for those who do."""
+
+from collections.abc import Sequence
+
+from hermes.engine import Engine
+from hermes.memory.arena import Arena
+from hermes.pipeload import Load, Place
+
+__all__ = ["EngineSource"]
+
+
+class EngineSource:
+    """An engine as its model sees it (`BlockSource`). Who comes between them overrides `want`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.ring: Arena = engine.ring
+        self.store: Arena = engine.store
+
+    def start(self) -> list[Place]:
+        """As the engine's."""
+        return self._engine.start()
+
+    def want(self, block: int) -> tuple[Place, ...]:
+        """As the engine's."""
+        return self._engine.want(block)
+
+    def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
+        """As the engine's."""
+        self._engine.fetch(loads)
+
+    def take(self, nbytes: int) -> Arena:
+        """As the engine's."""
+        return self._engine.take(nbytes)
+
+    def begin_pass(self, heap_bytes: int = 0) -> None:
+        """As the engine's."""
+        self._engine.begin_pass(heap_bytes)
+
+    def end_pass(self) -> None:
+        """As the engine's."""
+        self._engine.end_pass()
