@@ -15,7 +15,8 @@ from transformers import core_model_loading as loading
 from hermes.checkpoint.open import open_checkpoint
 from hermes.errors import ModelError
 from hermes.model.blocks import torch_dtype
-from hermes.model.mapping import _Rearranged, _Runs, map_weights
+from hermes.model.mapping import map_weights
+from hermes.model.runs import Rearranged, Runs
 
 SIZES = {"vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -324,8 +325,8 @@ def test_runs_are_what_torch_does(program):
     shape, number, steps = program
     sources = torch.arange(number * math.prod(shape)).reshape(number, *shape).unbind()
     try:
-        made = _execute([_Runs.whole(i, shape) for i in range(number)], steps)
-    except _Rearranged:
+        made = _execute([Runs.whole(i, shape) for i in range(number)], steps)
+    except Rearranged:
         return
     except ValueError:
         with pytest.raises(RuntimeError):

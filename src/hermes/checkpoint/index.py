@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hermes.checkpoint.chunks import PackedFile
 
-__all__ = ["DTYPE_BYTES", "Checkpoint", "Extent", "FileStamp", "TensorEntry"]
+__all__ = ["DTYPE_BYTES", "Checkpoint", "Extent", "FileStamp", "QuantizedTensor", "TensorEntry"]
 
 #: Bytes per element by dtype, spelt as in safetensors.
 DTYPE_BYTES: Mapping[str, int] = {
@@ -40,12 +40,16 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
-    """One stored tensor: row-major, little-endian, contiguous. `nbytes` of the extent is exactly shape x dtype."""
+    """One stored tensor: row-major, little-endian, contiguous. `nbytes` of the extent is exactly shape x dtype.
+
+    With `quantized` (in what `in_full` gives) it is a matrix that is stored otherwise, and the extent is of its values.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     extent: Extent
+    quantized: "QuantizedTensor | None" = None
 
     @property
     def numel(self) -> int:
@@ -54,15 +58,31 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizedTensor:
+    """A matrix of `shape` in `bits` bits a weight, stored as two tensors; docs/format.md describes them.
+
+    `errors` are the sums of the squares of what was lost and of what there was, where the file says so.
+    """
+
+    bits: int
+    shape: tuple[int, int]
+    values: TensorEntry
+    scales: TensorEntry
+    errors: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Every tensor of a model, read in place from the files it came in.
 
     Of a packed file (those that `packed` has, by number) extents are places in the file as it was before it was packed.
+    `tensors` are those that are stored; `quantized` has the matrices that some of them make up, by name.
     """
 
     files: tuple[FileStamp, ...]
     tensors: Mapping[str, TensorEntry]
     packed: Mapping[int, PackedFile] = field(default_factory=dict)
+    quantized: Mapping[str, QuantizedTensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

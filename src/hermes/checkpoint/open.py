@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from hermes.checkpoint.chunks import PackedFile
-from hermes.checkpoint.index import Checkpoint, FileStamp, TensorEntry
+from hermes.checkpoint.index import Checkpoint, FileStamp, QuantizedTensor, TensorEntry
 from hermes.checkpoint.packed import FORMAT, read_packed
+from hermes.checkpoint.quantized import FORMAT as QUANTIZED_FORMAT
+from hermes.checkpoint.quantized import read_quantized
 from hermes.checkpoint.safetensors import read_header
 from hermes.checkpoint.torch_zip import read_torch_zip
 from hermes.errors import CheckpointError
@@ -43,8 +45,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if found.name.endswith(_INDEX_SUFFIX):
         return _open_shards(found)
     stamp = _stamp(found)
-    tensors, packed = _read_tensors(found, 0)
-    return Checkpoint(files=(stamp,), tensors=tensors, packed={0: packed} if packed else {})
+    tensors, packed, quantized = _read_tensors(found, 0)
+    return Checkpoint(files=(stamp,), tensors=tensors, packed={0: packed} if packed else {}, quantized=quantized)
 
 
 def _weights_in(directory: Path) -> Path:
@@ -79,9 +81,12 @@ def _stamp(path: Path) -> FileStamp:
     return FileStamp(path=path, nbytes=status.st_size, mtime_ns=status.st_mtime_ns, inode=status.st_ino)
 
 
-def _read_tensors(path: Path, file: int) -> tuple[dict[str, TensorEntry], PackedFile | None]:
-    """The tensors of one weight file, by what its first bytes say it is, and how they are packed if they are."""
+def _read_tensors(
+    path: Path, file: int
+) -> tuple[dict[str, TensorEntry], PackedFile | None, dict[str, QuantizedTensor]]:
+    """The tensors of one weight file, by what its first bytes say it is, and how they are packed or quantised."""
     packed = None
+    quantized: dict[str, QuantizedTensor] = {}
     try:
         with open(path, "rb") as stream:
             start = stream.read(64)
@@ -100,6 +105,8 @@ def _read_tensors(path: Path, file: int) -> tuple[dict[str, TensorEntry], Packed
         tensors, metadata = read_header(path, file)
         if metadata.get("format", "").startswith(FORMAT.rpartition("-")[0]):
             tensors, packed = read_packed(path, file, tensors, metadata)
+        elif metadata.get("format", "").startswith(QUANTIZED_FORMAT.rpartition("-")[0]):
+            quantized = read_quantized(path, tensors, metadata)
     else:
         raise CheckpointError(
             f"{path}: starts with {start[:8]!r}: neither safetensors nor a torch.save archive; "
@@ -110,7 +117,7 @@ def _read_tensors(path: Path, file: int) -> tuple[dict[str, TensorEntry], Packed
             name.encode()
         except UnicodeEncodeError as error:
             raise CheckpointError(f"{path}: tensor name {name!r} is not valid text; save the file again") from error
-    return tensors, packed
+    return tensors, packed, quantized
 
 
 def _open_shards(index: Path) -> Checkpoint:
@@ -120,12 +127,13 @@ def _open_shards(index: Path) -> Checkpoint:
     files: list[FileStamp] = []
     tensors: dict[str, TensorEntry] = {}
     packed: dict[int, PackedFile] = {}
+    quantized: dict[str, QuantizedTensor] = {}
     for number, shard in enumerate(shards):
         path = _shard_path(index, shard)
         if not os.path.exists(path):
             raise CheckpointError(f"{path}: no such file, but {index.name} names it; download the model again")
         files.append(_stamp(path))
-        found, packing = _read_tensors(path, number)
+        found, packing, matrices = _read_tensors(path, number)
         if packing is not None:
             packed[number] = packing
         for name, entry in found.items():
@@ -134,12 +142,14 @@ def _open_shards(index: Path) -> Checkpoint:
                 raise CheckpointError(f"{path}: tensor {name!r} is in two shards, {index.name} has none; save it again")
             if home is None or home == shard:
                 tensors[name] = entry
+                if name in matrices:
+                    quantized[name] = matrices[name]
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(
                 f"{_shard_path(index, shard)}: has no tensor {name!r}, but {index.name} says so; download both again"
             )
-    return Checkpoint(files=tuple(files), tensors=tensors, packed=packed)
+    return Checkpoint(files=tuple(files), tensors=tensors, packed=packed, quantized=quantized)
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:

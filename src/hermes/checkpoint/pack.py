@@ -43,6 +43,8 @@ def pack(source: Path, directory: Path, *, progress: Progress | None = None) -> 
     checkpoint = open_checkpoint(source)
     if checkpoint.packed:
         raise InputError(f"{source} is packed already; hermes unpack makes it what it was")
+    if checkpoint.quantized:
+        raise InputError(f"{source} is quantised, and would hardly shrink; use it as it is")
     names = shard_names(checkpoint)
     stamp = {"format": FORMAT, "source": checkpoint.fingerprint(), "files": names}
     try:

@@ -96,8 +96,16 @@ def verify(source: Path, original: Path | None = None, *, progress: Progress | N
 
 
 def read_unpacked(reader: Reader, checkpoint: Checkpoint, extent: Extent) -> Iterator[memoryview]:
-    """The bytes of an extent of the unpacked files, a few megabytes at a time; each part is gone with the next."""
-    packed = checkpoint.packed[extent.file]
+    """The bytes of an extent of the unpacked files, a few megabytes at a time; each part is gone with the next.
+
+    Of a file that is not packed, too.
+    """
+    packed = checkpoint.packed.get(extent.file)
+    if packed is None:
+        for begin in range(0, extent.nbytes, _AT_A_TIME_BYTES):
+            nbytes = min(_AT_A_TIME_BYTES, extent.nbytes - begin)
+            yield memoryview(reader.read_bytes(Extent(file=extent.file, offset=extent.offset + begin, nbytes=nbytes)))
+        return
     alignment = reader.alignment
     room = max(_AT_A_TIME_BYTES, packed.largest_chunk_bytes) + 2 * alignment
     buffer = memoryview(mmap.mmap(-1, room))

@@ -104,7 +104,7 @@ def load_resident(directory: Path, task: str, dtype: str | None, trust_remote_co
 
     from hermes.api import torch_dtype
     from hermes.checkpoint import open_checkpoint
-    from hermes.model.resident import load_packed
+    from hermes.model.resident import load_packed, load_quantized
 
     auto_class = {
         "text-generation": transformers.AutoModelForCausalLM,
@@ -116,8 +116,9 @@ def load_resident(directory: Path, task: str, dtype: str | None, trust_remote_co
     settled = torch_dtype(dtype)
     checkpoint = open_checkpoint(directory)
     try:
-        if checkpoint.packed:
-            loaded = load_packed(auto_class, directory, checkpoint, dtype=settled, trust_remote_code=trust_remote_code)
+        if checkpoint.packed or checkpoint.quantized:
+            load: Any = load_quantized if checkpoint.quantized else load_packed
+            loaded = load(auto_class, directory, checkpoint, dtype=settled, trust_remote_code=trust_remote_code)
         else:
             loaded = auto_class.from_pretrained(
                 str(directory), dtype=settled or "auto", trust_remote_code=trust_remote_code, local_files_only=True

@@ -1,4 +1,7 @@
-"""`hermes pack` and `hermes unpack`: the same weights in fewer bytes, and back. `checkpoint.pack` does it."""
+"""`hermes pack` and `hermes unpack`: the same weights in fewer bytes, and back; or about the same, where asked for.
+
+`checkpoint.pack` and `checkpoint.quantize` do it.
+"""
 
 import time
 from pathlib import Path
@@ -9,9 +12,11 @@ import typer
 from hermes.checkpoint.hub import resolve_model
 from hermes.checkpoint.open import open_checkpoint
 from hermes.checkpoint.pack import pack as pack_model
+from hermes.checkpoint.quantized import BITS
 from hermes.checkpoint.unpack import unpack as unpack_model
 from hermes.checkpoint.unpack import verify as verify_model
 from hermes.errors import InputError
+from hermes.report.deviation import weight_error
 from hermes.report.progress import byte_progress
 from hermes.units import format_bytes, format_seconds
 
@@ -27,9 +32,18 @@ def pack(
         bool,
         typer.Option("--verify", help="Then unpack OUT and compare; without OUT, check a packed MODEL."),
     ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize", metavar="int8|int4", help="Lossy: matrices of linear layers in 8 or 4 bits a weight."
+        ),
+    ] = None,
 ) -> None:
-    """Write a packed copy of a model, bit for bit the same weights, usable by every command."""
+    """Write a packed copy of a model, bit for bit the same weights, usable by every command. Or a quantised one."""
     source = resolve_model(model)
+    if quantize is not None:
+        _quantize(source, out, quantize, verify=verify)
+        return
     if out is None and not verify:
         raise InputError(f"hermes pack {model}: where to? give a directory as OUT, or --verify to check a packed MODEL")
     start = time.perf_counter()
@@ -49,6 +63,30 @@ def pack(
         print(
             f"{out or source}: {format_bytes(nbytes)} unpacked, {what}, {format_seconds(time.perf_counter() - start)}"
         )
+
+
+def _quantize(source: Path, out: Path | None, scheme: str, *, verify: bool) -> None:
+    if scheme not in BITS:
+        raise InputError(f"--quantize {scheme}: unknown; choose from {', '.join(BITS)}")
+    if out is None or verify:
+        raise InputError("--quantize makes a directory, which is not the same as MODEL: give OUT, and no --verify")
+    start = time.perf_counter()
+    if open_checkpoint(source).quantized:
+        raise InputError(f"{source} is quantised already; give the model that it was made from")
+    from hermes.checkpoint.quantize import quantize
+    from hermes.session.quantizable import find_quantizable
+
+    found = find_quantizable(source)
+    with byte_progress("quantising") as progress:
+        quantize(source, out, scheme, found.matrices, progress=progress)
+    before, after = _weights(source), _weights(out)
+    left = ", ".join(f"{count} ({reason})" for reason, count in found.left.items())
+    kept = f", linear layers in full precision: {left}" if left else ""
+    print(
+        f"{out}: {format_bytes(after)} of weights, {after / max(1, before):.1%} of {format_bytes(before)}, "
+        f"{format_seconds(time.perf_counter() - start)}"
+    )
+    print(f"{len(found.matrices)} matrices in {scheme}{kept}; {weight_error(open_checkpoint(out))}")
 
 
 def unpack(

@@ -16,6 +16,7 @@ from torch.nn import functional
 from hermes.errors import EngineError
 from hermes.memory.arena import Arena
 from hermes.model.blocks import Block, Bound, LoadFactory
+from hermes.model.quantized import QuantizedRows
 from hermes.model.units import Partition, Unit
 from hermes.pipeload import Load, Place
 
@@ -90,7 +91,7 @@ class Binding:
         self._forwards: list[nn.Module] = []
         for number, unit in enumerate(partition.units):
             inner, block = modules[unit.module], block_of_unit[number]
-            if unit.rows is None and isinstance(inner, nn.Linear) and self._is_product(inner, unit):
+            if unit.rows is None and isinstance(inner, nn.Linear) and self._is_product(inner, unit, block):
                 whole = (block, (0, inner.out_features))
                 self._replace(inner, self._linear_forward(inner, unit.module, [whole]))
             elif unit.rows is None:
@@ -166,8 +167,10 @@ class Binding:
         bound.bind(lambda _: storage, places)
         return cast(Bound, bound).live
 
-    def _is_product(self, module: nn.Linear, unit: Unit) -> bool:
-        """A linear layer that `product` computes: nothing but a matrix in bf16."""
+    def _is_product(self, module: nn.Linear, unit: Unit, block: int) -> bool:
+        """A linear layer that `product` computes, nothing but a matrix in bf16, or one that is quantised."""
+        if isinstance(self._blocks[block].matrices.get(unit.module), QuantizedRows):
+            return True
         plain = type(module).forward is nn.Linear.forward and module.weight.dtype == torch.bfloat16
         weight = f"{unit.module}.weight" if unit.module else "weight"
         return plain and unit.parameters == (self._factory.canonical(weight),)

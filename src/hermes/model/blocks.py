@@ -13,11 +13,12 @@ from hermes.checkpoint.chunks import PackedFile
 from hermes.checkpoint.index import DTYPE_BYTES, Extent
 from hermes.model.mapping import Source
 from hermes.model.product import PackedRows, linear
+from hermes.model.quantized import SCALE_BYTES, QuantizedRows
 from hermes.model.trace import tensors_in
 from hermes.model.units import Unit
 from hermes.pipeload import Codec, Load, Place, plan_load
 
-__all__ = ["Block", "Bound", "LoadFactory", "torch_dtype"]
+__all__ = ["Block", "Bound", "LoadFactory", "Matrix", "torch_dtype"]
 
 _TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -154,6 +155,9 @@ def _adopted(value: Any) -> Any:
     return value
 
 
+Matrix = Bound | PackedRows | QuantizedRows
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """What is loaded, computed and released together.
@@ -162,13 +166,13 @@ class Block:
         name: its unit's, or the first one's and the last one's.
         loads: in order.
         bound: every parameter of it.
-        matrices: those that are all their module has, by module.
+        matrices: those of linear layers that are all their module has or are quantised, by module.
     """
 
     name: str
     loads: tuple[Load, ...]
-    bound: tuple[Bound | PackedRows, ...]
-    matrices: Mapping[str, Bound | PackedRows] = field(default_factory=dict)
+    bound: tuple[Matrix, ...]
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)
 
 
 class LoadFactory:
@@ -211,6 +215,14 @@ class LoadFactory:
                         self._homes[path] = home
         for name in sources:
             self._homes[name].name = name
+        quantized = {id(self._homes[name]) for name, source in sources.items() if source.quantized}
+        self._linears = {
+            prefix: home
+            for prefix, child in module.named_modules()
+            if isinstance(child, nn.Linear)
+            and type(child).forward is nn.Linear.forward
+            and id(home := self._homes[f"{prefix}.weight" if prefix else "weight"]) in quantized
+        }
 
     @property
     def buffer_bytes(self) -> int:
@@ -231,17 +243,19 @@ class LoadFactory:
     def block(self, units: Iterable[Unit]) -> Block:
         """The block of these units."""
         loads: list[Load] = []
-        bound: list[Bound | PackedRows] = []
-        matrices: dict[str, Bound | PackedRows] = {}
+        bound: list[Matrix] = []
+        matrices: dict[str, Matrix] = {}
         units = list(units)
         for unit in units:
             for parameter in unit.parameters:
                 if parameter in self._stay_packed:
                     bound.append(self._add_packed(parameter, unit.rows, loads))
+                elif self._linears.get(unit.module) is self._homes[parameter]:
+                    bound.append(self._add_quantized(parameter, loads))
                 else:
                     bound.append(self._add(parameter, unit.rows, loads))
-            if len(unit.parameters) == 1:
-                matrices[unit.module] = bound[-1]
+                if len(unit.parameters) == 1 or isinstance(bound[-1], QuantizedRows):
+                    matrices[unit.module] = bound[-1]
         name = units[0].name if len(units) == 1 else f"{units[0].name} .. {units[-1].name}"
         return Block(name=name, loads=tuple(loads), bound=tuple(bound), matrices=matrices)
 
@@ -286,25 +300,38 @@ class LoadFactory:
         )
         return PackedRows(run, len(loads) - 1, (shape[0], shape[1]))
 
+    def _add_quantized(self, name: str, loads: list[Load]) -> QuantizedRows:
+        entry = self._sources[name].quantized
+        if entry is None:
+            raise ValueError(f"{name} is not quantised")
+        loads += self._parts(name)
+        return QuantizedRows(entry, len(loads) - 2)
+
     def _add(self, name: str, rows: tuple[int, int] | None, loads: list[Load]) -> Bound:
         source = self._sources[name]
         first = len(loads)
         if source.convert is None:
             loads.append(self._plain(name, rows))
         else:
-            loads += [
-                plan_load(
-                    name,
-                    [extent],
-                    extent.nbytes,
-                    alignment=self._alignment,
-                    piece_bytes=self._piece_bytes,
-                    address_alignment=max(self._address_alignment, DTYPE_BYTES[source.dtype]),
-                    packed=self._packed,
-                )
-                for extent in source.extents
-            ]
+            loads += self._parts(name)
         return Bound(self._homes[name], range(first, len(loads)), source, rows)
+
+    def _parts(self, name: str) -> list[Load]:
+        """One load for each extent of a parameter, as stored."""
+        source = self._sources[name]
+        item_bytes = SCALE_BYTES if source.quantized else DTYPE_BYTES[source.dtype]
+        return [
+            plan_load(
+                name,
+                [extent],
+                extent.nbytes,
+                alignment=self._alignment,
+                piece_bytes=self._piece_bytes,
+                address_alignment=max(self._address_alignment, item_bytes),
+                packed=self._packed,
+            )
+            for extent in source.extents
+        ]
 
     def _rows_of(self, name: str, rows: tuple[int, int] | None) -> tuple[Extent, list[int]]:
         """Where they are, of a parameter that is one extent, and their shape."""

@@ -1,14 +1,12 @@
 """Where each parameter of a skeleton gets its bytes: names, renames and merges, down to runs of bytes in files.
 
 transformers renames and rearranges checkpoint tensors while it loads them. Its own rules are asked, key by key in its
-own order, and its own operations are run on tensors that know only where their elements lie (`_Runs`): what comes out
+own order, and its own operations are run on tensors that know only where their elements lie (`Runs`): what comes out
 as a short list of runs is read straight into place, the rest is converted after reading. Nothing is read here. What a
 checkpoint lacks is filled in by `skeleton`; a plain module's names must match, give or take one prefix.
 """
 
 import copy
-import itertools
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,8 +17,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hermes.checkpoint.index import DTYPE_BYTES, Checkpoint, Extent, TensorEntry
+from hermes.checkpoint.index import DTYPE_BYTES, Checkpoint, Extent, QuantizedTensor, TensorEntry
+from hermes.checkpoint.quantized import in_full
 from hermes.errors import ModelError
+from hermes.model.quantized import QuantizedMatrix
+from hermes.model.runs import Runs
 
 __all__ = ["Source", "WeightMap", "is_transformers_model", "map_weights"]
 
@@ -37,12 +38,15 @@ class Source:
         dtype: as stored, spelt as in safetensors; the same in all extents. Casting to the parameter's is the reader's.
         shapes: with `convert`, the shape of each source tensor; extent number i is all of tensor number i.
         convert: makes the parameter (in `dtype`) from the source tensors. Touches nothing else, safe in any thread.
+        quantized: what the two extents hold, as bytes: values and scales. `convert` makes float32 of them, for where
+            they are not multiplied as they are.
     """
 
     extents: tuple[Extent, ...]
     dtype: str
     shapes: tuple[tuple[int, ...], ...] | None = None
     convert: Callable[[Sequence[torch.Tensor]], torch.Tensor] | None = None
+    quantized: QuantizedTensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +76,8 @@ def map_weights(module: nn.Module, checkpoint: Checkpoint) -> WeightMap:
     Raises ModelError where a shape differs from the module's, where transformers' own conversion cannot be carried out,
     and, for a plain module, where anything is missing.
     """
-    return _map_transformers(module, checkpoint) if is_transformers_model(module) else _map_plain(module, checkpoint)
+    entries = in_full(checkpoint)
+    return _map_transformers(module, entries) if is_transformers_model(module) else _map_plain(module, entries)
 
 
 def is_transformers_model(module: nn.Module) -> bool:
@@ -81,9 +86,9 @@ def is_transformers_model(module: nn.Module) -> bool:
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
 
 
-def _map_plain(module: nn.Module, checkpoint: Checkpoint) -> WeightMap:
+def _map_plain(module: nn.Module, entries: Mapping[str, TensorEntry]) -> WeightMap:
     tensors = _state(module)
-    renamed = min(_renamings(tensors, checkpoint.tensors), key=lambda names: len(tensors.keys() - names.keys()))
+    renamed = min(_renamings(tensors, entries), key=lambda names: len(tensors.keys() - names.keys()))
     sources = _one_per_tensor(
         tensors, {name: _plain(name, tensors[name], renamed[name]) for name in tensors if name in renamed}
     )
@@ -113,11 +118,11 @@ def _common_prefix(names: Iterable[str]) -> str:
     return f"{first.pop()}." if len(first) == 1 else ""
 
 
-def _map_transformers(model: Any, checkpoint: Checkpoint) -> WeightMap:
+def _map_transformers(model: Any, entries: Mapping[str, TensorEntry]) -> WeightMap:
     from transformers.utils.loading_report import LoadStateDictInfo
 
     tensors = _state(model)
-    plain, conversions, unexpected = _matched(model, checkpoint, tensors)
+    plain, conversions, unexpected = _matched(model, entries, tensors)
     sources = {name: _plain(name, tensors[name], entry) for name, entry in plain.items()}
     for conversion in conversions:
         for name, source in conversion.sources(tensors):
@@ -149,7 +154,7 @@ def _map_transformers(model: Any, checkpoint: Checkpoint) -> WeightMap:
 
 
 def _matched(
-    model: Any, checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]
+    model: Any, entries: Mapping[str, TensorEntry], tensors: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, TensorEntry], list["_Conversion"], set[str]]:
     """What is only renamed, what is converted, and what nobody wants.
 
@@ -169,15 +174,15 @@ def _matched(
     plain: dict[str, TensorEntry] = {}
     converted: dict[str, _Conversion] = {}
     unexpected: set[str] = set()
-    for key in sorted(checkpoint.tensors, key=core_model_loading.dot_natural_key):
+    for key in sorted(entries, key=core_model_loading.dot_natural_key):
         name, pattern = rename(key, renamings, converters, prefix, tensors)
         if name not in tensors and key in tensors:
             name, pattern = rename(key, [], [], prefix, tensors)
         if name in tensors and pattern is None:
-            plain.setdefault(name, checkpoint.tensors[key])
+            plain.setdefault(name, entries[key])
         elif name in tensors:
             conversion = converted.setdefault(name, _Conversion(name, by_pattern[pattern], shaped, model.config))
-            conversion.parts.append((pattern, checkpoint.tensors[key]))
+            conversion.parts.append((pattern, entries[key]))
         elif pattern is not None:
             targets = by_pattern[pattern].target_patterns
             unexpected.update(name.replace(targets[0], target) for target in targets)
@@ -199,6 +204,11 @@ class _Conversion:
     def sources(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Source]]:
         """A source for each parameter that the conversion makes. Raises ModelError."""
         entries = [entry for _, entry in self.parts]
+        if any(entry.quantized for entry in entries):
+            raise ModelError(
+                f"{self.name}: to be made of {len(entries)} tensors, some of them quantised, which cannot be merged; "
+                "quantise the model again with these versions of Hermes and transformers"
+            )
         stored = {entry.dtype for entry in entries}
         if len(stored) > 1:
             found = ", ".join(sorted(stored))
@@ -209,7 +219,7 @@ class _Conversion:
         for name, made in self._made().items():
             if name in tensors:
                 _check_shape(name, tensors[name], tuple(made.shape))
-            if isinstance(made, _Runs):
+            if isinstance(made, Runs):
                 yield name, Source(extents=_extents(made, entries, DTYPE_BYTES[dtype]), dtype=dtype)
                 continue
             extents, shapes = tuple(entry.extent for entry in entries), tuple(entry.shape for entry in entries)
@@ -219,7 +229,7 @@ class _Conversion:
         """What the operations make: of runs if they leave them whole, else of tensors without values."""
         # What runs do not understand shows in exceptions of any kind; whether it is an error, tensors decide.
         with suppress(Exception):
-            return self.run([_Runs.whole(number, entry.shape) for number, (_, entry) in enumerate(self.parts)])
+            return self.run([Runs.whole(number, entry.shape) for number, (_, entry) in enumerate(self.parts)])
         try:
             # Shapes only, so any dtype does; float32 is the one that every operation has.
             return self.run([torch.empty(entry.shape, device="meta") for _, entry in self.parts])
@@ -247,108 +257,7 @@ class _Conversion:
         return convert
 
 
-class _Rearranged(Exception):
-    """The elements do not stay in whole runs."""
-
-
-class _Runs:
-    """A tensor of which only this is known: its shape, and from where its elements come, in row-major order.
-
-    `runs` are (source tensor, first element, number of elements). Only operations that keep each source in one run per
-    result are understood; every other one raises, so that nothing is ever read in strips of a few bytes.
-    """
-
-    def __init__(self, shape: Iterable[int], runs: Iterable[tuple[int, int, int]]) -> None:
-        self.shape = torch.Size(shape)
-        self.runs = tuple(runs)
-
-    @classmethod
-    def whole(cls, source: int, shape: Sequence[int]) -> "_Runs":
-        """All of source number `source`."""
-        return cls(shape, [(source, 0, math.prod(shape))])
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if (understood := _UNDERSTOOD.get(func)) is None:
-            raise _Rearranged(f"{getattr(func, '__name__', func)} moves elements")
-        return understood(*args, **(kwargs or {}))
-
-    def contiguous(self) -> "_Runs":
-        """The same: runs are in row-major order by definition."""
-        return self
-
-    def lots(self, count: int) -> list[list[tuple[int, int, int]]]:
-        """The runs in `count` equal lots; raises where that would cut a run."""
-        size = math.prod(self.shape) // count
-        lots, runs = [], iter(self.runs)
-        for _ in range(count):
-            lot, missing = [], size
-            while missing > 0:
-                lot.append(next(runs))
-                missing -= lot[-1][2]
-            if missing < 0:
-                raise _Rearranged("a source would be read in strips")
-            lots.append(lot)
-        return lots
-
-    def between(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """The runs of elements `begin` to `end`."""
-        position = 0
-        for source, first, length in self.runs:
-            low, high = max(begin - position, 0), min(end - position, length)
-            if low < high:
-                yield source, first + low, high - low
-            position += length
-
-
-def _cat(tensors: Sequence[_Runs], dim: int = 0) -> _Runs:
-    shape = list(tensors[0].shape)
-    dim %= len(shape)
-    for other in tensors:
-        if [*other.shape[:dim], *other.shape[dim + 1 :]] != shape[:dim] + shape[dim + 1 :]:
-            raise ValueError(f"shapes {shape} and {list(other.shape)} do not fit together along {dim}")
-    lots = zip(*(tensor.lots(math.prod(shape[:dim])) for tensor in tensors), strict=True)
-    runs = itertools.chain.from_iterable(itertools.chain.from_iterable(lots))
-    return _Runs([*shape[:dim], sum(tensor.shape[dim] for tensor in tensors), *shape[dim + 1 :]], runs)
-
-
-def _stack(tensors: Sequence[_Runs], dim: int = 0) -> _Runs:
-    dim %= len(tensors[0].shape) + 1
-    return _cat([_Runs([*t.shape[:dim], 1, *t.shape[dim:]], t.runs) for t in tensors], dim)
-
-
-def _split(tensor: _Runs, sizes: int | Sequence[int], dim: int = 0) -> tuple[_Runs, ...]:
-    shape = list(tensor.shape)
-    dim %= len(shape)
-    if isinstance(sizes, int):
-        sizes = [min(sizes, shape[dim] - begin) for begin in range(0, shape[dim], sizes)]
-    if math.prod(shape[:dim]) != 1:
-        raise _Rearranged("a source would be read in strips")
-    if sum(sizes) != shape[dim]:
-        raise ValueError(f"{list(sizes)} are not {shape[dim]} together")
-    inner = math.prod(shape[dim + 1 :])
-    bounds = list(itertools.accumulate(sizes, initial=0))
-    return tuple(
-        _Runs([*shape[:dim], end - begin, *shape[dim + 1 :]], tensor.between(begin * inner, end * inner))
-        for begin, end in itertools.pairwise(bounds)
-    )
-
-
-def _chunk(tensor: _Runs, chunks: int, dim: int = 0) -> tuple[_Runs, ...]:
-    return _split(tensor, -(-tensor.shape[dim] // chunks), dim)
-
-
-_UNDERSTOOD: Mapping[Any, Callable[..., Any]] = {
-    torch.cat: _cat,
-    torch.stack: _stack,
-    torch.split: _split,
-    torch.chunk: _chunk,
-}
-
-
-def _extents(tensor: _Runs, entries: Sequence[TensorEntry], item_bytes: int) -> tuple[Extent, ...]:
+def _extents(tensor: Runs, entries: Sequence[TensorEntry], item_bytes: int) -> tuple[Extent, ...]:
     """The runs as bytes; neighbours in one file are one extent."""
     extents: list[Extent] = []
     for source, first, length in tensor.runs:
@@ -380,7 +289,16 @@ def _one_per_tensor(tensors: Mapping[str, torch.Tensor], sources: Mapping[str, S
 
 def _plain(name: str, tensor: torch.Tensor, entry: TensorEntry) -> Source:
     _check_shape(name, tensor, entry.shape)
-    return Source(extents=(entry.extent,), dtype=entry.dtype)
+    if (matrix := entry.quantized) is None:
+        return Source(extents=(entry.extent,), dtype=entry.dtype)
+    stored = (matrix.values.extent, matrix.scales.extent)
+    return Source(
+        extents=stored,
+        dtype="U8",
+        shapes=tuple((extent.nbytes,) for extent in stored),
+        convert=lambda parts: QuantizedMatrix(matrix, *parts).floats(),
+        quantized=matrix,
+    )
 
 
 def _check_shape(name: str, tensor: torch.Tensor, stored: Sequence[int]) -> None:

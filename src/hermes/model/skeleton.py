@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hermes.checkpoint.open import open_checkpoint
+from hermes.checkpoint.quantized import METHOD
 from hermes.errors import CheckpointError, HermesError, ModelError
 from hermes.model.mapping import WeightMap, is_transformers_model
 
@@ -70,7 +71,8 @@ def build_skeleton(
 
     Raises:
         CheckpointError: there is no readable config.json.
-        ModelError: the architecture is unknown, quantised, of another task, or its configuration makes no model.
+        ModelError: the architecture is unknown, of another task, quantised in another way than ours, or its
+            configuration makes no model.
     """
     config = _config(directory, trust_remote_code, attn_implementation)
     try:
@@ -115,12 +117,19 @@ def _config(directory: Path, trust_remote_code: bool, attn_implementation: str |
         raise CheckpointError(f"{path}: not valid JSON ({_one_line(error)}); download it again") from error
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path}: not a JSON object; download it again")
-    if stored.get("quantization_config"):
-        raise ModelError(f"{directory}: quantised weights are not supported; use the unquantised model")
+    if quantization := stored.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method != METHOD:
+            raise ModelError(
+                f"{directory}: weights quantised by {str(method)[:40]!r} are not read, only those of hermes pack "
+                "--quantize are; use the unquantised model"
+            )
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code, local_files_only=True)
+        if quantization:
+            del config.quantization_config  # ours, and transformers knows nothing of it
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation  # a property that hands it on to sub-configurations
     except Exception as error:

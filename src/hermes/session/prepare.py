@@ -36,6 +36,8 @@ CODE_BYTES = 84 * 2**20
 """Of libraries, and of the kernel for two processes, without which tracing reads the same code again and again."""
 PACKED_HEAP_BYTES = 16 * 2**20
 """Tables of chunks, pieces that know how to unpack them, and rows that are unpacked for a product."""
+QUANTIZED_HEAP_BYTES = 16 * 2**20
+"""Rows of a quantised matrix that are made floats for a product, and what they pass through."""
 FORWARDS = 100
 """What is loaded from Python is planned to be used many times; what is run from the shell, once."""
 
@@ -58,12 +60,15 @@ class Prepared:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters and buffers that come from disk, in the dtype they are computed in."""
+        """Bytes of all parameters and buffers that come from disk, in what they are computed with: quantised or not."""
         tensors: dict[str, torch.Tensor] = {
             **dict(self.module.named_parameters(remove_duplicate=False)),
             **dict(self.module.named_buffers(remove_duplicate=False)),
         }
-        return sum(tensors[name].numel() * tensors[name].element_size() for name in self.weights.sources)
+        return sum(
+            source.nbytes if source.quantized else tensors[name].numel() * tensors[name].element_size()
+            for name, source in self.weights.sources.items()
+        )
 
     @property
     def model_class(self) -> str:
@@ -87,6 +92,8 @@ class Prepared:
         )
 
     def _nbytes(self, name: str, rows: tuple[int, int] | None) -> int:
+        if self.weights.sources[name].quantized:
+            return self.weights.sources[name].nbytes
         tensor = self.module.get_parameter(name)
         count = tensor.numel() if rows is None else tensor.numel() // tensor.shape[0] * (rows[1] - rows[0])
         return count * tensor.element_size()
@@ -169,6 +176,7 @@ class Prepared:
             row_buffer_bytes=2 * ROWS_AT_A_TIME_BYTES if self.partition.rowwise else 0,
         )
         heap += PACKED_HEAP_BYTES if self.checkpoint.packed else 0
+        heap += QUANTIZED_HEAP_BYTES if self.checkpoint.quantized else 0
         return Problem(
             units=units,
             num_in_pass=self.partition.num_in_pass,
