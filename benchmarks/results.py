@@ -74,7 +74,7 @@ def targets(rows: Rows, batch: list[Row], predictions: list[Row]) -> list[str]:
     for model, what, speed, saved, _, row in headlines(rows):
         line(f"against PipeSwitch, {what}", f"{place(row)}, {saved:.1%} less memory", speed, HEADLINES[model][0])
     for peer, asked in (("llama.cpp", 2.0), ("accelerate", 2.8), ("airllm", 5.0)):
-        for theirs in rows.where(model="llama-3b", peer=peer, disk="free"):
+        for theirs in rows.where(model="llama-3b", peer=peer, cap="3GiB", disk="free"):
             if ours := rows.one(model="llama-3b", peer="hermes", cap=theirs["cap"], disk="free"):
                 line(f"decoding, {PEERS[peer].what}", place(ours), ratio(theirs, ours, "steady_seconds"), asked)
     for model, cap, peer, asked in PACKED:
