@@ -99,6 +99,7 @@ Product product(Address x, size_t tokens, size_t columns, Address bias, size_t b
 void multiply_rows(Address weights, size_t rows, size_t columns, Address x, size_t tokens, Address bias, size_t block,
                    Address y, size_t y_stride, unsigned threads) {
   const Product what = product(x, tokens, columns, bias, block, y, y_stride);
+  if (rows % GROUP_ROWS) throw nb::value_error("rows are no multiple of 16");
   nb::gil_scoped_release release;
   multiply(what, at(weights), rows, threads);
 }

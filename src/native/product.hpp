@@ -18,9 +18,9 @@ struct Matrix {
   size_t skip, rows, columns;
 };
 
-// Fewer rows than this are a tile by themselves; a tile's chunks are its own where the columns allow it.
-inline constexpr size_t GROUP_ROWS = 16;
+inline constexpr size_t GROUP_ROWS = 16;          // multiplied at once
 inline constexpr size_t TILE_BYTES = 512 * 1024;  // of a core's second-level cache
+// Rows that a thread unpacks at a time: groups whose chunks are their own where the columns allow it, in `TILE_BYTES`.
 size_t tile_rows(size_t columns);
 // What `multiply` needs to work in with packed rows, for so many threads.
 constexpr size_t scratch_bytes(size_t tile_rows, size_t columns, size_t threads) {
@@ -30,7 +30,7 @@ constexpr size_t scratch_bytes(size_t tile_rows, size_t columns, size_t threads)
 // True where `multiply` can be used at all: bf16 dot products in 512 bits.
 bool can_multiply();
 
-// Rows [begin, end) as they are unpacked, to `target`, on several threads. False in none of them: the first fault.
+// Rows [begin, end) as they are unpacked, to `target`, on several threads; a fault of one of them, or none.
 Result unpack_rows(const Matrix& m, size_t begin, size_t end, u8* target, unsigned threads);
 
 // Where tokens are, and what becomes of them: y[t][r] = bf16(sum over c of x[t][c] * row r[c], plus bias[r]). bf16
@@ -45,7 +45,7 @@ struct Product {
   size_t y_stride;
 };
 
-// With `rows` unpacked rows of bf16 at `weights`.
+// With `rows` unpacked rows of bf16 at `weights`, a multiple of GROUP_ROWS.
 void multiply(const Product& p, const u8* weights, size_t rows, unsigned threads);
 // With packed ones.
 Result multiply(const Product& p, const Matrix& m, u8* scratch, unsigned threads);
