@@ -20,18 +20,16 @@ from hermes.checkpoint.index import DTYPE_BYTES, Checkpoint, TensorEntry
 from hermes.checkpoint.layout import CHUNK_ELEMENTS, HEADER_BYTES, largest_chunk
 from hermes.checkpoint.open import open_checkpoint
 from hermes.checkpoint.packed import FORMAT, SOURCE_HEADER, TABLE_NAME
-from hermes.checkpoint.partial import copy_beside, partial_directory, sync
+from hermes.checkpoint.partial import Progress, add_up, copy_beside, partial_directory, sync
 from hermes.checkpoint.readers import forget
 from hermes.checkpoint.safetensors import read_header_text
 from hermes.errors import CheckpointError, InputError, ReadError
 
-__all__ = ["STAMP_NAME", "Progress", "pack", "shard_names"]
+__all__ = ["STAMP_NAME", "pack", "shard_names"]
 
 STAMP_NAME = "hermes-pack.json"
 INDEX_NAME = "model.safetensors.index.json"
 CHUNKS_AT_A_TIME = 64
-Progress = Callable[[int, int], None]
-"""Told bytes done and bytes in all, of the unpacked weights."""
 
 
 def pack(source: Path, directory: Path, *, progress: Progress | None = None) -> Path:
@@ -72,15 +70,7 @@ def shard_names(checkpoint: Checkpoint) -> list[str]:
 def _pack_into(
     partial: Path, source: Path, checkpoint: Checkpoint, names: Sequence[str], progress: Progress | None
 ) -> None:
-    total_bytes = sum(entry.extent.nbytes for entry in checkpoint.tensors.values())
-    done_bytes = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done_bytes
-        done_bytes += nbytes
-        if progress is not None:
-            progress(done_bytes, total_bytes)
-
+    advance = add_up(progress, sum(entry.extent.nbytes for entry in checkpoint.tensors.values()))
     weight_map = {}
     for number, (stamp, name) in enumerate(zip(checkpoint.files, names, strict=True)):
         entries = [entry for entry in checkpoint.tensors.values() if entry.extent.file == number]

@@ -4,13 +4,16 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hermes.errors import InputError
 
-__all__ = ["copy_beside", "partial_directory", "sync"]
+__all__ = ["Progress", "add_up", "copy_beside", "partial_directory", "sync"]
+
+Progress = Callable[[int, int], None]
+"""Told how many bytes are done, of how many."""
 
 #: Weights in any format, and what belongs to them: never copied.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot"}
@@ -86,3 +89,16 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def add_up(progress: Progress | None, total_bytes: int) -> Callable[[int], None]:
+    """What is to be told of each few bytes that are done, for `progress` to hear of all of them."""
+    done_bytes = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes += nbytes
+        if progress is not None:
+            progress(done_bytes, total_bytes)
+
+    return advance

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from hermes.checkpoint.index import DTYPE_BYTES, Checkpoint, Extent, TensorEntry
 from hermes.checkpoint.open import open_checkpoint
-from hermes.checkpoint.pack import INDEX_NAME, STAMP_NAME, Progress
-from hermes.checkpoint.partial import copy_beside, partial_directory, sync
+from hermes.checkpoint.pack import INDEX_NAME, STAMP_NAME
+from hermes.checkpoint.partial import Progress, add_up, copy_beside, partial_directory, sync
 from hermes.checkpoint.quantized import BITS, ERRORS, FORMAT, GROUP, METHOD, SCALES, STEP, stored_shapes
 from hermes.checkpoint.readers import Reader, open_reader
 from hermes.checkpoint.unpack import read_unpacked
@@ -150,15 +150,7 @@ def _shards(checkpoint: Checkpoint, bits: int, matrices: set[str]) -> list[_Shar
 
 
 def _write_shards(partial: Path, checkpoint: Checkpoint, shards: Sequence[_Shard], progress: Progress | None) -> None:
-    total_bytes = sum(entry.extent.nbytes for entry in checkpoint.tensors.values())
-    done_bytes = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done_bytes
-        done_bytes += nbytes
-        if progress is not None:
-            progress(done_bytes, total_bytes)
-
+    advance = add_up(progress, sum(entry.extent.nbytes for entry in checkpoint.tensors.values()))
     with open_reader(checkpoint) as reader, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for shard in shards:
             if (partial / shard.name).exists():

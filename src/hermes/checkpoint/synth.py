@@ -7,10 +7,11 @@ in `synth_tokenizer`.
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hermes.checkpoint.partial import Progress, add_up
 from hermes.checkpoint.synth_archs import ARCHS, Arch
 from hermes.checkpoint.synth_tokenizer import tokenizer_files
 from hermes.checkpoint.synth_weights import DTYPES, WeightFile, plan_shards, write_shard
@@ -32,7 +33,7 @@ def synth(
     *,
     dtype: str | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a model directory of random weights and return it; the same arguments give the same bytes.
 
@@ -111,17 +112,10 @@ def _write(
     shards: list[WeightFile],
     *,
     seed: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     total_bytes = sum(shard.weight_bytes for shard in shards)
-    written_bytes = 0
-
-    def wrote(nbytes: int) -> None:
-        nonlocal written_bytes
-        written_bytes += nbytes
-        if progress is not None:
-            progress(written_bytes, total_bytes)
-
+    wrote = add_up(progress, total_bytes)
     for shard in shards:
         write_shard(shard, directory, seed=seed, wrote=wrote)
     if len(shards) > 1:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from hermes.checkpoint.index import Checkpoint, Extent
 from hermes.checkpoint.open import open_checkpoint
-from hermes.checkpoint.pack import INDEX_NAME, STAMP_NAME, Progress
+from hermes.checkpoint.pack import INDEX_NAME, STAMP_NAME
 from hermes.checkpoint.packed import SOURCE_HEADER
-from hermes.checkpoint.partial import copy_beside, partial_directory, sync
+from hermes.checkpoint.partial import Progress, copy_beside, partial_directory, sync
 from hermes.checkpoint.readers import Reader, open_reader
 from hermes.checkpoint.safetensors import read_header
 from hermes.errors import CheckpointError, InputError
