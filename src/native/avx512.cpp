@@ -31,25 +31,33 @@ inline __m512i plus(__m512i to, const u8* mask, int weight) {
   return _mm512_mask_add_epi8(to, load<u64>(mask), to, _mm512_set1_epi8(char(weight)));
 }
 
-// Blocks that are fetched into the second-level cache ahead of decoding: one core alone does not keep enough reads of
-// memory under way (15 -> 20 GB/s here).
-constexpr size_t AHEAD = 64;
+// The same to whole lines of memory that no cache holds nor shall: they are not read before they are written.
+template <bool STREAM>
+inline void put64(u8* at, __m512i value) {
+  if constexpr (STREAM)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(at), value);
+  else
+    store64(at, value);
+}
 
-template <Encoding E>
-bool kernel(Planes& p, size_t first, size_t count, u8* out) {
+template <Encoding E, bool STREAM>
+bool blocks(Planes& p, size_t first, size_t count, u8* out) {
   const __m512i base = _mm512_set1_epi8(char(p.base)), sign = _mm512_set1_epi8(char(0x80));
   const u8* escapes = p.escapes;
   for (size_t block = first; block < first + count; ++block) {
     const u8* codes = p.codes + CODE_BYTES * block;
     const u8* bits = p.bits + 24 * block;
-    _mm_prefetch(reinterpret_cast<const char*>(codes + CODE_BYTES * AHEAD), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(p.rest + BLOCK * (block + AHEAD)), _MM_HINT_T1);
+    // One core alone does not keep enough reads of memory under way; this chunk was fetched with the one before it.
+    _mm_prefetch(reinterpret_cast<const char*>(codes + p.ahead), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(p.rest + BLOCK * block + p.ahead), _MM_HINT_T1);
     const u64 escaped = p.escaped(block);
     const unsigned number = unsigned(_mm_popcnt_u64(escaped));
     if (size_t(p.end - escapes) < number) return false;
     __m512i exponent = plus(plus(plus(base, codes, 1), codes + 8, 2), codes + 16, 4);
-    // A masked load does not touch what its mask leaves out.
-    const __m512i stored = _mm512_maskz_loadu_epi8(_bzhi_u64(~u64{0}, number), escapes);
+    // A masked load does not touch what its mask leaves out; a plain one is faster, where it may.
+    const __m512i stored = size_t(p.readable - escapes) >= 64
+                               ? load64(escapes)
+                               : _mm512_maskz_loadu_epi8(_bzhi_u64(~u64{0}, number), escapes);
     exponent = _mm512_mask_expand_epi8(exponent, escaped, stored);
     escapes += number;
     const __m512i rest = load64(p.rest + BLOCK * block);
@@ -57,14 +65,14 @@ bool kernel(Planes& p, size_t first, size_t count, u8* out) {
       const __m512i shifted = _mm512_and_si512(_mm512_slli_epi16(exponent, 2), _mm512_set1_epi8(0x7C));
       const __m512i high = plus(plus(plus(shifted, bits, 1), bits + 8, 2), bits + 16, 0x80);
       const Pair words = zip8(rest, high);
-      store64(out, words.first), store64(out + 64, words.second);
+      put64<STREAM>(out, words.first), put64<STREAM>(out + 64, words.second);
     } else {
       // Where the first operand has a bit the second's, else the third's.
       const __m512i high = _mm512_ternarylogic_epi64(sign, rest, _mm512_srli_epi16(exponent, 1), 0xCA);
       const __m512i low = _mm512_ternarylogic_epi64(sign, _mm512_slli_epi16(exponent, 7), rest, 0xCA);
       const Pair top = zip8(low, high);
       if constexpr (E == BF16) {
-        store64(out, top.first), store64(out + 64, top.second);
+        put64<STREAM>(out, top.first), put64<STREAM>(out + 64, top.second);
       } else {
         Pair below = {_mm512_setzero_si512(), _mm512_setzero_si512()};
         if constexpr (E == F32) {
@@ -75,13 +83,20 @@ bool kernel(Planes& p, size_t first, size_t count, u8* out) {
                        plus(plus(plus(_mm512_setzero_si512(), bits, 0x20), bits + 8, 0x40), bits + 16, 0x80));
         }
         const Pair a = zip16(below.first, top.first), b = zip16(below.second, top.second);
-        store64(out, a.first), store64(out + 64, a.second), store64(out + 128, b.first), store64(out + 192, b.second);
+        put64<STREAM>(out, a.first), put64<STREAM>(out + 64, a.second), put64<STREAM>(out + 128, b.first), put64<STREAM>(out + 192, b.second);
       }
     }
     out += BLOCK * item_bytes(E);
   }
   p.escapes = escapes;
+  if constexpr (STREAM) _mm_sfence();
   return true;
+}
+
+template <Encoding E>
+bool kernel(Planes& p, size_t first, size_t count, u8* out) {
+  const bool is_aligned = reinterpret_cast<std::uintptr_t>(out) % 64 == 0;
+  return (p.streams && is_aligned ? blocks<E, true> : blocks<E, false>)(p, first, count, out);
 }
 
 u64 sum(const u8* data, size_t nbytes) {

@@ -59,8 +59,10 @@ Planes planes_of(Encoding e, const Header& header, const u8* payload) {
   p.rest = p.bits + 8 * bit_planes(e) * blocks;
   p.low = p.rest + BLOCK * blocks;
   p.escapes = p.low + low_bytes(e) * blocks;
-  p.end = payload + header.payload_bytes;
+  p.readable = p.end = payload + header.payload_bytes;
+  p.ahead = HEADER_BYTES + header.payload_bytes;
   p.base = header.base;
+  p.streams = false;
   return p;
 }
 
@@ -98,36 +100,46 @@ bool decode_range(Kernel kernel, Planes p, size_t elements, size_t item, size_t 
 
 }  // namespace
 
+Fault open_chunk(const u8* source, size_t source_bytes, size_t item, u32 number, Chunk& chunk) {
+  if (source_bytes < HEADER_BYTES) return Fault::TRUNCATED;
+  const auto header = load<Header>(source);
+  const auto e = Encoding(header.encoding);
+  if (header.encoding >= NUM_ENCODINGS || header.zero || header.number != number || header.elements == 0 ||
+      header.elements > CHUNK_ELEMENTS)
+    return Fault::HEADER;
+  if (e == RAW ? header.base || header.payload_bytes != header.elements * item
+               : item == item_bytes(e) && (header.base > largest_base(e) ||
+                                           header.payload_bytes < fixed_bytes(e, header.elements)))
+    return Fault::HEADER;
+  if (e != RAW && item != item_bytes(e)) return Fault::ENCODING;
+  chunk = {e, header.elements, HEADER_BYTES + size_t{header.payload_bytes}, source + HEADER_BYTES, {}};
+  if (source_bytes < chunk.bytes) return Fault::TRUNCATED;
+  if (e != RAW) chunk.planes = planes_of(e, header, chunk.payload);
+  chunk.planes.readable = source + source_bytes;
+  return Fault::NONE;
+}
+
 Result decode(const Path& path, const u8* source, size_t source_bytes, u8* target, size_t target_bytes, size_t item,
               u32 number, size_t skip, bool is_checked) {
   if (item == 0 || target_bytes % item) return {Fault::REST, number};
+  const bool streams = target_bytes >= STREAM_BYTES;
   for (; target_bytes; ++number, skip = 0) {
-    if (source_bytes < HEADER_BYTES) return {Fault::TRUNCATED, number};
-    const auto header = load<Header>(source);
-    const auto e = Encoding(header.encoding);
-    if (header.encoding >= NUM_ENCODINGS || header.zero || header.number != number || header.elements == 0 ||
-        header.elements > CHUNK_ELEMENTS)
-      return {Fault::HEADER, number};
-    if (e == RAW ? header.base || header.payload_bytes != header.elements * item
-                 : item == item_bytes(e) && (header.base > largest_base(e) ||
-                                             header.payload_bytes < fixed_bytes(e, header.elements)))
-      return {Fault::HEADER, number};
-    if (e != RAW && item != item_bytes(e)) return {Fault::ENCODING, number};
-    const size_t chunk_bytes = HEADER_BYTES + size_t{header.payload_bytes};
-    if (source_bytes < chunk_bytes) return {Fault::TRUNCATED, number};
-    if (!is_checked && checksum(path, source + CHECKED_FROM, chunk_bytes - CHECKED_FROM) != header.sum)
+    Chunk chunk;
+    if (const Fault fault = open_chunk(source, source_bytes, item, number, chunk); fault != Fault::NONE)
+      return {fault, number};
+    if (!is_checked && checksum(path, source + CHECKED_FROM, chunk.bytes - CHECKED_FROM) != load<u64>(source))
       return {Fault::CHECKSUM, number};
-    if (skip >= header.elements) return {Fault::REST, number};
-    const size_t end = std::min<size_t>(header.elements, skip + target_bytes / item);
-    const u8* payload = source + HEADER_BYTES;
-    if (e == RAW)
-      std::memcpy(target, payload + skip * item, (end - skip) * item);
-    else if (!decode_range(path.kernels[e], planes_of(e, header, payload), header.elements, item, skip, end, target))
+    if (skip >= chunk.elements) return {Fault::REST, number};
+    chunk.planes.streams = streams;
+    const size_t end = std::min<size_t>(chunk.elements, skip + target_bytes / item);
+    if (chunk.encoding == RAW)
+      std::memcpy(target, chunk.payload + skip * item, (end - skip) * item);
+    else if (!decode_range(path.kernels[chunk.encoding], chunk.planes, chunk.elements, item, skip, end, target))
       return {Fault::ESCAPES, number};
     target += (end - skip) * item;
     target_bytes -= (end - skip) * item;
-    source += chunk_bytes;
-    source_bytes -= chunk_bytes;
+    source += chunk.bytes;
+    source_bytes -= chunk.bytes;
   }
   return {Fault::NONE, number};
 }

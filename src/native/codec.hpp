@@ -23,6 +23,7 @@ inline constexpr size_t BLOCK = 64;  // elements
 inline constexpr size_t HEADER_BYTES = 24;
 inline constexpr size_t CHECKED_FROM = 8;
 inline constexpr size_t CODE_BYTES = 24;  // of a block: three words of 64 bits
+inline constexpr size_t STREAM_BYTES = 1024 * 1024;  // decoded at once: as much as a second-level cache
 inline constexpr u64 GOLDEN = 0x9E3779B97F4A7C15;
 
 constexpr size_t bit_planes(Encoding e) { return e == F16 || e == F32_AS_F16 ? 3 : 0; }
@@ -48,10 +49,14 @@ inline void store(u8* to, T value) {
 // What one word adds to the checksum.
 inline u64 term(u64 word, u64 key) { return u64(u32(word) + u32(key)) * u32(u32(word >> 32) + u32(key >> 32)); }
 
-// Where the planes of one chunk begin. `escapes` moves on as blocks are decoded in order.
+// Where the planes of one chunk begin. `escapes` moves on as blocks are decoded in order, up to `end`; what lies behind
+// may be read, up to `readable`, and the next chunk's planes are `ahead` of these. With `streams`, what is decoded is
+// more than caches keep, and had better go around them.
 struct Planes {
-  const u8 *codes, *bits, *rest, *low, *escapes, *end;
+  const u8 *codes, *bits, *rest, *low, *escapes, *end, *readable;
+  size_t ahead;
   u8 base;
+  bool streams;
 
   u64 escaped(size_t block) const {
     const u8* at = codes + CODE_BYTES * block;
@@ -126,6 +131,17 @@ struct Result {
   Fault fault;
   u32 chunk;
 };
+
+// A chunk whose planes lie within it. A raw one has none: its elements are the payload.
+struct Chunk {
+  Encoding encoding;
+  size_t elements, bytes;
+  const u8* payload;
+  Planes planes;
+};
+
+// The chunk at `source`, of which so many bytes may be read. Everything is checked but its checksum and its escapes.
+Fault open_chunk(const u8* source, size_t source_bytes, size_t item, u32 number, Chunk& chunk);
 
 // Decodes consecutive chunks, of which the first has number `number`, from their element `skip` on, until `target` is
 // full. Source and target must not overlap. Every chunk that is touched is checked whole, but for its checksum where

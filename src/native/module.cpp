@@ -89,27 +89,29 @@ nb::tuple with_matrix(Address chunks, size_t nbytes, nb::handle places, u32 numb
   return nb::make_tuple(int(result.fault), result.chunk);
 }
 
-Product product(Address x, size_t tokens, size_t columns, Address bias, size_t block, Address y, size_t y_stride) {
+Product product(Address x, size_t tokens, size_t columns, Address bias, size_t block, Address y, size_t y_stride,
+                size_t step) {
   if (!can_multiply()) throw nb::value_error("no bf16 products on this processor");
-  if (columns == 0 || columns % 32 || block == 0 || block % 32)
-    throw nb::value_error("columns and block are no multiples of 32");
+  if (columns == 0 || columns % step || block == 0 || block % step)
+    throw nb::value_error("columns or block are no multiple of what is multiplied at once");
   return {at(x), tokens, columns, at(bias), block, at(y), y_stride};
 }
 
 void multiply_rows(Address weights, size_t rows, size_t columns, Address x, size_t tokens, Address bias, size_t block,
                    Address y, size_t y_stride, unsigned threads) {
-  const Product what = product(x, tokens, columns, bias, block, y, y_stride);
-  if (rows % GROUP_ROWS) throw nb::value_error("rows are no multiple of 16");
+  const Product what = product(x, tokens, columns, bias, block, y, y_stride, 32);
+  if (rows == 0 || rows % GROUP_ROWS) throw nb::value_error("rows are no multiple of 16");
   nb::gil_scoped_release release;
   multiply(what, at(weights), rows, threads);
 }
 
 nb::tuple multiply_packed(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
                           size_t columns, Address x, size_t tokens, Address bias, size_t block, Address y,
-                          size_t y_stride, Address scratch, unsigned threads) {
-  const Product what = product(x, tokens, columns, bias, block, y, y_stride);
+                          size_t y_stride, unsigned threads) {
+  const Product what = product(x, tokens, columns, bias, block, y, y_stride, BLOCK);
+  if (rows == 0 || skip % BLOCK) throw nb::value_error("no rows, or a row that begins within a block");
   return with_matrix(chunks, nbytes, places, number, skip, rows, columns, [&](const Matrix& matrix) {
-    return multiply(what, matrix, at(scratch), threads);
+    return multiply(what, matrix, threads);
   });
 }
 
@@ -133,16 +135,13 @@ NB_MODULE(_native, m) {
   m.def("encode_chunk", &encode_chunk, nb::arg("source"), nb::arg("target"), nb::arg("item_bytes"),
         nb::arg("encodings"), nb::arg("number"), "Encode one chunk into target; its size.");
   m.def("can_multiply", &can_multiply, "Whether this processor has what `multiply` needs.");
-  m.def("scratch_bytes", [](size_t columns, size_t threads) {
-    return scratch_bytes(tile_rows(columns), columns, threads);
-  }, nb::arg("columns"), nb::arg("threads"), "What `multiply_packed` needs to work in.");
   m.def("multiply", &multiply_rows, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"),
         nb::arg("tokens"), nb::arg("bias"), nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("threads"),
         "Multiply bf16 tokens at x with rows of bf16 weights, into y.");
   m.def("multiply_packed", &multiply_packed, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
         nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"), nb::arg("tokens"), nb::arg("bias"),
-        nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("scratch"), nb::arg("threads"),
-        "The same with packed rows, with `scratch_bytes` to work in; (fault, number of the chunk).");
+        nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("threads"),
+        "The same with packed rows; (fault, number of the chunk).");
   m.def("unpack_rows", &unpack_some_rows, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
         nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("begin"), nb::arg("end"), nb::arg("target"),
         nb::arg("threads"), "Unpack bf16 rows on several threads; (fault, number of the chunk).");

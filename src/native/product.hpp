@@ -1,4 +1,4 @@
-// Products with bf16 matrices. Packed rows are unpacked into a core's own cache and multiplied there, never stored.
+// Products with bf16 matrices, plain ones and packed ones, which are unpacked into a core's own cache and never stored.
 #pragma once
 
 #include "codec.hpp"
@@ -16,18 +16,21 @@ struct Matrix {
   size_t num_places;  // one more than chunks
   u32 number;
   size_t skip, rows, columns;
+
+  // The chunk so many behind the first, with every check but that of its checksum.
+  Fault open(size_t index, Chunk& chunk) const {
+    if (index + 1 >= num_places) return Fault::TRUNCATED;
+    const size_t at = size_t(places[index] - places[0]);
+    return at > bytes ? Fault::TRUNCATED : open_chunk(chunks + at, bytes - at, 2, number + u32(index), chunk);
+  }
 };
 
 inline constexpr size_t GROUP_ROWS = 16;          // multiplied at once
-inline constexpr size_t TILE_BYTES = 512 * 1024;  // of a core's second-level cache
-// Rows that a thread unpacks at a time: groups whose chunks are their own where the columns allow it, in `TILE_BYTES`.
+inline constexpr size_t TILE_BYTES = 512 * 1024;  // unpacked, of a core's second-level cache
+// Rows that a thread does at a time: groups whose chunks are their own where the columns allow it, in `TILE_BYTES`.
 size_t tile_rows(size_t columns);
-// What `multiply` needs to work in with packed rows, for so many threads.
-constexpr size_t scratch_bytes(size_t tile_rows, size_t columns, size_t threads) {
-  return threads * (tile_rows * columns * 2 + 64);
-}
 
-// True where `multiply` can be used at all: bf16 dot products in 512 bits.
+// True where `multiply` can be used at all: bf16 dot products and all that unpacking uses, in 512 bits.
 bool can_multiply();
 
 // Rows [begin, end) as they are unpacked, to `target`, on several threads; a fault of one of them, or none.
@@ -35,7 +38,7 @@ Result unpack_rows(const Matrix& m, size_t begin, size_t end, u8* target, unsign
 
 // Where tokens are, and what becomes of them: y[t][r] = bf16(sum over c of x[t][c] * row r[c], plus bias[r]). bf16
 // products, summed in pairs of columns in order in float32, from nothing again for each `block` columns, these sums in
-// order. Columns and `block` are multiples of 32. `bias` may be null. `y` has `y_stride` elements from a token to the next.
+// order. `bias` may be null. `y` has `y_stride` elements from a token to the next.
 struct Product {
   const u8* x;
   size_t tokens, columns;
@@ -45,9 +48,11 @@ struct Product {
   size_t y_stride;
 };
 
-// With `rows` unpacked rows of bf16 at `weights`, a multiple of GROUP_ROWS.
+inline constexpr size_t MOST_TOKENS = 8;  // with the same rows at once; more of them take turns
+
+// With `rows` rows at `weights`, a multiple of GROUP_ROWS. Columns and `block` are multiples of 32.
 void multiply(const Product& p, const u8* weights, size_t rows, unsigned threads);
-// With packed ones.
-Result multiply(const Product& p, const Matrix& m, u8* scratch, unsigned threads);
+// With packed rows; a fault of one of them, or none. Columns, `block` and what is skipped are multiples of 64.
+Result multiply(const Product& p, const Matrix& m, unsigned threads);
 
 }  // namespace hermes

@@ -71,6 +71,32 @@ def test_what_goes_in_comes_out_and_is_as_small_as_promised(kind, decoder):
     assert decode(decoder, chunk, elements.nbytes, elements.itemsize, 3) == elements.tobytes()
 
 
+@pytest.mark.parametrize("decoder", instruction_sets())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shift", [0, 8])
+@pytest.mark.parametrize("skip", [0, 1000, 31])
+def test_more_than_caches_keep(kind, decoder, shift, skip):
+    """So much at once goes around them, where it is aligned."""
+    elements, dtype, _ = words(kind, layout.CHUNK_ELEMENTS)
+    chunks = b"".join(encode_chunk(memoryview(elements.tobytes()), dtype, elements.itemsize, i) for i in range(33))
+    expected = (elements.tobytes() * 33)[skip * elements.itemsize :]
+    memory = np.zeros(len(expected) + 4096, np.uint8)
+    begin = -memory.ctypes.data % 64 + shift
+    target = memoryview(memory)[begin : begin + len(expected)]
+    decode_chunks(
+        memoryview(chunks),
+        target,
+        where="w",
+        item_bytes=elements.itemsize,
+        number=0,
+        skip=skip,
+        instruction_set=decoder,
+    )
+    assert target == expected
+    assert not memory[:begin].any()
+    assert not memory[begin + len(expected) :].any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 1000])
 def test_both_encoders_write_the_same_bytes(kind, count):

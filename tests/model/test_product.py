@@ -13,6 +13,7 @@ from hermes.checkpoint.chunks import ChunkRun, PackedFile, PackedTensor
 from hermes.checkpoint.decoder import encode_chunk, native
 from hermes.checkpoint.layout import CHUNK_ELEMENTS
 from hermes.checkpoint.pack import pack
+from hermes.errors import ReadError
 from hermes.memory.probe import resident_bytes
 from hermes.model import product
 from hermes.model.product import MOST_TOKENS, PackedRows, can_stay_packed, summing_block
@@ -54,7 +55,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
-SHAPES = [(16, 32), (100, 96), (256, 1024), (640, 576), (1000, 2080), (257, 4096)]
+SHAPES = [(16, 64), (100, 128), (256, 1024), (640, 576), (1000, 2112), (257, 4096)]
 
 
 @multiplies
@@ -86,10 +87,41 @@ def test_plain_matrices(shape: tuple[int, int], tokens: int) -> None:
 
 @multiplies
 def test_rows_that_begin_within_a_chunk() -> None:
-    weight = weights(600, 224)
-    x = torch.randn(3, 224).bfloat16()
+    weight = weights(600, 192)
+    x = torch.randn(3, 192).bfloat16()
     got = packed_rows(weight, 301, 577).linear(x, None)
     assert same(got, functional.linear(x, weight[301:577]))
+
+
+@multiplies
+def test_chunks_that_were_not_packed() -> None:
+    """Numbers of any exponent: no code is short enough, the chunk is stored as it is."""
+    weight = weights(300, 512)
+    weight[64:128] = torch.randint(-32000, 32000, (64, 512), dtype=torch.int16).view(torch.bfloat16).nan_to_num(1.0)
+    weight[64:128].clamp_(-1e4, 1e4)
+    x = torch.randn(1, 512).bfloat16()
+    rows = packed_rows(weight)
+    assert rows._run.nbytes < 2 * weight.numel()
+    assert same(rows.linear(x, None), functional.linear(x, weight))
+
+
+@multiplies
+@pytest.mark.parametrize("damage", ["number", "escape", "payload"])
+def test_a_damaged_chunk_is_not_multiplied(damage: str) -> None:
+    weight = weights(512, 256)
+    rows = packed_rows(weight)
+    assert rows._storage is not None
+    chunks = torch.empty(0, dtype=torch.uint8).set_(rows._storage)
+    second = 1 + int(rows._places[1] - rows._places[0])
+    if damage == "number":
+        chunks[second + 12] += 1
+    elif damage == "payload":
+        chunks[second + 20 : second + 24] = 0
+    else:
+        codes = chunks[second + 24 : second + 24 + 512 * 24].view(512, 24)
+        codes[5] = 0xFF  # 64 escapes more than there are
+    with pytest.raises(ReadError, match="chunk 1"):
+        rows.linear(torch.randn(1, 256).bfloat16(), None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -125,15 +157,15 @@ def test_an_order_that_is_not_among_the_known_ones_is_no_order(monkeypatch: pyte
 def test_what_cannot_stay_packed() -> None:
     assert can_stay_packed(torch.bfloat16, (10, 64))
     assert not can_stay_packed(torch.float32, (10, 64))
-    assert not can_stay_packed(torch.bfloat16, (10, 63))
+    assert not can_stay_packed(torch.bfloat16, (10, 96))
     assert not can_stay_packed(torch.bfloat16, (64,))
 
 
 def test_rows_that_are_not_there_are_not_multiplied() -> None:
-    rows = packed_rows(weights(16, 32))
+    rows = packed_rows(weights(16, 64))
     rows.unbind()
     with pytest.raises(RuntimeError, match="not in memory"):
-        rows.linear(torch.zeros(1, 32, dtype=torch.bfloat16), None)
+        rows.linear(torch.zeros(1, 64, dtype=torch.bfloat16), None)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +174,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
     config = hf.LlamaConfig(
-        hidden_size=192, intermediate_size=544, num_hidden_layers=2, num_attention_heads=4, vocab_size=9000,
+        hidden_size=192, intermediate_size=576, num_hidden_layers=2, num_attention_heads=4, vocab_size=9000,
         max_position_embeddings=128, attention_bias=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = hf.LlamaForCausalLM(config).to(torch.bfloat16)

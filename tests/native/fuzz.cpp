@@ -11,7 +11,7 @@
 #include <random>
 #include <vector>
 
-#include "../../src/native/codec.hpp"
+#include "../../src/native/product.hpp"
 
 using namespace hermes;
 
@@ -68,16 +68,59 @@ void decode_everywhere(const std::vector<u8>& chunks, size_t target_bytes, size_
   }
 }
 
+const Encoding choices_of[][4] = {{BF16, RAW}, {F16, RAW}, {F32_AS_BF16, F32_AS_F16, F32, RAW}, {RAW}};
+
+// Packed rows as they lie there: multiplied where they can be unpacked, to what their unpacked ones give, else refused.
+void multiply_packed(const std::vector<u8>& chunks, const std::vector<i64>& places, size_t skip, size_t rows,
+                     size_t columns, size_t tokens) {
+  if (!can_multiply() || !rows) return;
+  const Exact source(chunks), x(tokens * columns * 2), y(tokens * rows * 2);
+  for (size_t i = 0; i < x.size; ++i) x.bytes[i] = u8(i * 37 % 64);  // small numbers and none that are none
+  const Matrix m{source.bytes.get(), source.size, places.data(), places.size(), 5, skip, rows, columns};
+  const Product p{x.bytes.get(), tokens, columns, nullptr, 64 * (1 + tokens % 3), y.bytes.get(), rows};
+  const Result result = multiply(p, m, 1 + tokens % 2);
+  const size_t padded = (rows + GROUP_ROWS - 1) / GROUP_ROWS * GROUP_ROWS;
+  const Exact weights(padded * columns * 2), expected(tokens * padded * 2);
+  const Result unpacked = unpack_rows(m, 0, rows, weights.bytes.get(), 1);
+  require((result.fault == Fault::NONE) == (unpacked.fault == Fault::NONE), "a product where there is no matrix");
+  if (result.fault != Fault::NONE) return;
+  Product plain = p;
+  plain.y = expected.bytes.get(), plain.y_stride = padded;
+  multiply(plain, weights.bytes.get(), padded, 1);
+  for (size_t t = 0; t < tokens; ++t)
+    require(std::equal(y.bytes.get() + t * rows * 2, y.bytes.get() + (t + 1) * rows * 2,
+                       expected.bytes.get() + t * padded * 2),
+            "a product with packed rows differs");
+}
+
+void one_matrix(const u8* data, size_t size) {
+  const size_t columns = 64 * (1 + data[1] % 5), elements = (size - 8) / 2 / columns * columns;
+  std::vector<u8> chunks(elements * 3 + 1000);
+  std::vector<i64> places{0};
+  size_t at = 0;
+  for (size_t i = 0; i < elements; i += CHUNK_ELEMENTS) {
+    const size_t count = std::min(CHUNK_ELEMENTS, elements - i);
+    chunks.resize(at + largest_chunk(count, 2));
+    at += encode(data + 8 + 2 * i, count, 2, choices_of[0], u32(5 + i / CHUNK_ELEMENTS), chunks.data() + at);
+    places.push_back(i64(at));
+  }
+  chunks.resize(at);
+  if (!at) return;
+  if (data[2] % 2) chunks[load<u32>(data + 4) % at] ^= data[3];  // which no checksum is asked about
+  const size_t skip = 64 * (data[3] % 4) % elements;
+  multiply_packed(chunks, places, skip, (elements - skip) / columns, columns, 1 + data[6] % 10);
+}
+
 void seal(std::vector<u8>& chunk) {
   if (chunk.size() >= HEADER_BYTES)
     store(chunk.data(), checksum(best_path(), chunk.data() + CHECKED_FROM, chunk.size() - CHECKED_FROM));
 }
 
-const Encoding choices_of[][4] = {{BF16, RAW}, {F16, RAW}, {F32_AS_BF16, F32_AS_F16, F32, RAW}, {RAW}};
 constexpr size_t items[] = {2, 2, 4, 8};
 
 void one_input(const u8* data, size_t size) {
   if (size < 8) return;
+  if (data[0] % 8 == 7) return one_matrix(data, size);
   const u8 kind = data[0] % 4, how = data[1];
   const size_t item = items[kind], skip = load<u16>(data + 2) % 600, wanted = load<u16>(data + 4) % 600;
   std::vector<u8> content(data + 8, data + size);

@@ -26,6 +26,8 @@ TILE_BYTES = 4 * 2**20
 """Unpacked at a time for torch, or the fewest rows that round like the whole matrix."""
 COLUMNS = 32
 """The native product takes multiples of this."""
+PACKED_COLUMNS = 64
+"""And, of packed rows, of this: no row begins within a block of the codec's."""
 BLOCKS = (512, 1024, 256, 2048)
 """Columns after which kernels were seen to begin a new sum, or might."""
 GROUP_ROWS = 16
@@ -36,7 +38,7 @@ TRIED_BYTES = 4 * 2**20
 
 def can_stay_packed(dtype: torch.dtype, shape: Sequence[int]) -> bool:
     """Whether there is a product for packed matrices like this."""
-    return native() is not None and dtype == torch.bfloat16 and len(shape) == 2 and shape[1] % COLUMNS == 0
+    return native() is not None and dtype == torch.bfloat16 and len(shape) == 2 and shape[1] % PACKED_COLUMNS == 0
 
 
 class PackedRows:
@@ -75,9 +77,7 @@ class PackedRows:
             return self._unpack_and_multiply(x, bias)
         x = x.contiguous()
         what, output = _product(x, self._shape[0], bias, block)
-        nbytes = native().scratch_bytes(self._shape[1], what["threads"])
-        scratch = torch.empty(nbytes, dtype=torch.uint8)  # its own: models of a fleet compute at the same time
-        check(native().multiply_packed(*self._matrix, **what, scratch=scratch.data_ptr()), self._run.where)
+        check(native().multiply_packed(*self._matrix, **what), self._run.where)
         return output
 
     def _unpack_and_multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
