@@ -48,6 +48,11 @@ class Engine:
         reader: closed with the engine.
         ledger: window, resident and buffer bytes are reserved here before any memory is taken.
 
+    Attributes:
+        is_settled: every load is resident and there. Who computes may then leave `want` out and set `held` instead,
+            before asking this; once it is no longer so, the block that was held last stays until another is wanted.
+        held: the block that is computed.
+
     Raises:
         BudgetError: from the constructor, when they do not fit.
     """
@@ -77,7 +82,9 @@ class Engine:
             ahead=config.ahead,
             blocks_in_pass=config.blocks_in_pass,
         )
-        self._holdings = Holdings(blocks, pinned, ledger, config, self._pipeline, self.stats, self._take_in)
+        self._holdings = Holdings(
+            blocks, pinned, ledger, config, self._pipeline, self.stats, self._take_in, before_evicting=self._unsettle
+        )
         self.store = self._holdings.store
         self.ring = Arena(config.ring_bytes)
         self._lock = threading.RLock()
@@ -88,7 +95,8 @@ class Engine:
         self._pass_start: float | None = None
         self._pass_mark = (0, 0.0)
         self._block_start = 0.0
-        self._held: int | None = None
+        self.held: int | None = None
+        self.is_settled = False
         self._agents = LoadingAgents(
             reader,
             num_agents=config.num_agents,
@@ -180,7 +188,7 @@ class Engine:
                 self._ready.wait()
             granted: Compute = self._granted
             self._block_start = self.clock()
-            self._held = self.stats.current_block = block
+            self.held = self.stats.current_block = block
             stalled = self._block_start - start
             self.stats.stall_seconds += stalled
             if self._config.record and stalled > 1e-5:
@@ -188,9 +196,13 @@ class Engine:
             return tuple(
                 Place(resident=False, offset=offset + load.data_offset)
                 if offset is not None
-                else Place(resident=True, offset=self._holdings.residents.slot(block, number) + load.data_offset)
+                else self._holdings.residents.place(block, number)
                 for number, (load, offset) in enumerate(zip(self._blocks[block], granted.offsets, strict=True))
             )
+
+    def places(self, block: int) -> tuple[Place, ...]:
+        """Where the loads of a block lie that are all resident."""
+        return tuple(self._holdings.residents.place(block, number) for number in range(len(self._blocks[block])))
 
     def begin_pass(self, heap_bytes: int = 0) -> None:
         """A sweep over the blocks begins, which takes so many bytes besides weights.
@@ -216,6 +228,7 @@ class Engine:
             now = self.clock()
             self._release(now)
             self._take_in(BlockDone())
+            self.is_settled = not self._config.record and not self._is_stopped and self._pipeline.is_settled()
             if self._pass_start is not None:
                 self.stats.passes += 1
                 self.stats.pass_seconds.append(now - self._pass_start)
@@ -268,6 +281,7 @@ class Engine:
         """Stop and join every agent, drop the memory, close the files. Idempotent; raises nothing an agent raised."""
         with self._lock:
             self._closed.set()
+            self.is_settled = False
             self._ready.notify_all()
         self._agents.close()
         self._daemon.close()
@@ -276,9 +290,16 @@ class Engine:
         self._reader.close()
 
     def _release(self, now: float) -> None:
-        if self._held is not None and self._config.record:
-            self.stats.spans.append(Span("inference", f"block {self._held}", self._block_start, now, 0, self._held))
-        self._held = None
+        if self.held is not None and self._config.record:
+            self.stats.spans.append(Span("inference", f"block {self.held}", self._block_start, now, 0, self.held))
+        self.held = None
+
+    def _unsettle(self) -> None:
+        """Something may stream from now on; the block that is computed, which was not wanted, is held from now on."""
+        if self.is_settled:
+            self.is_settled = False  # first: whoever names another block afterwards asks for it
+            if self.held is not None:
+                self._take_in(BlockWanted(self.held))
 
     @property
     def _is_stopped(self) -> bool:
@@ -342,4 +363,5 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._error = self._error or error
+            self.is_settled = False
             self._ready.notify_all()

@@ -26,6 +26,7 @@ class Holdings:
         pipeline: knows what may go.
         stats: bytes that were given back are counted there.
         take_in: gives the pipeline an event, and carries out what follows.
+        before_evicting: called when something may be given back.
 
     Raises BudgetError from the constructor, before any memory is taken.
     """
@@ -39,6 +40,8 @@ class Holdings:
         pipeline: Pipeline,
         stats: EngineStats,
         take_in: Callable[[Event], None],
+        *,
+        before_evicting: Callable[[], None],
     ) -> None:
         self.residents = Residents(blocks, config.resident, pinned, ledger, elastic=config.elastic)
         self.shelf = Shelf(blocks, config.packed, ledger)
@@ -46,6 +49,7 @@ class Holdings:
         self._pipeline = pipeline
         self._stats = stats
         self._take_in = take_in
+        self._before_evicting = before_evicting
         self._heap_bytes = 0  # that passes were found to take; reserved as far as there is room yet
 
     @property
@@ -55,6 +59,8 @@ class Holdings:
 
     def evict(self, nbytes: int, *, at_once: bool = False) -> int:
         """Give packed weights back, then resident ones, until `nbytes` are free; the bytes that are, or will be."""
+        if nbytes > 0:
+            self._before_evicting()
         freed = self.shelf.evict(nbytes)
         self._count_evicted()
         return freed + self.residents.evict(nbytes - freed, self._pipeline, self._give_back, at_once=at_once)

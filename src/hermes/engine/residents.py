@@ -66,6 +66,10 @@ class Residents:
         """Offset of a load's slot."""
         return self._slots[block, number]
 
+    def place(self, block: int, number: int) -> Place:
+        """Where a load's bytes lie."""
+        return Place(resident=True, offset=self._slots[block, number] + self._blocks[block][number].data_offset)
+
     def evict(self, nbytes: int, pipeline: Pipeline, give_back: Callable[[int, int], None], *, at_once: bool) -> int:
         """Give loads back, from the block that keeps most, until `nbytes` are free; the bytes that are, or will be.
 

@@ -10,10 +10,13 @@ __all__ = ["EngineSource"]
 
 
 class EngineSource:
-    """An engine as its model sees it (`BlockSource`). Who comes between them overrides `want`."""
+    """An engine as its model sees it (`BlockSource`). Who comes between overrides `want`, which is never left out."""
+
+    is_settled = False
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.held: int | None = None
         self.ring: Arena = engine.ring
         self.store: Arena = engine.store
 
@@ -24,6 +27,10 @@ class EngineSource:
     def want(self, block: int) -> tuple[Place, ...]:
         """As the engine's."""
         return self._engine.want(block)
+
+    def places(self, block: int) -> tuple[Place, ...]:
+        """As the engine's."""
+        return self._engine.places(block)
 
     def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
         """As the engine's."""

@@ -31,12 +31,19 @@ class BlockSource(Protocol):
 
     ring: Arena
     store: Arena
+    is_settled: bool
+    """Nothing streams: blocks need not be wanted, for as long as `held` is set first and this is asked then."""
+    held: int | None
+    """The block that is computed."""
 
     def start(self) -> list[Place]:
         """Fetch what is pinned and begin to load."""
 
     def want(self, block: int) -> tuple[Place, ...]:
         """Wait for a block."""
+
+    def places(self, block: int) -> tuple[Place, ...]:
+        """Where a block lies that does not stream."""
 
     def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
         """Read loads into the given memory, now."""
@@ -81,9 +88,12 @@ class Binding:
         self._demand = demand
         self._source = source
         self._blocks = blocks
+        self._is_plain = all(bound.is_view for block in blocks for bound in block.bound)
         self._pinned = pinned
         self._factory = factory
         self._current: int | None = None
+        self._is_all_bound = False
+        self._places: list[tuple[Place, ...]] = []  # of every block; what is resident stays where it is
         self._in_pass = False
         self._ring: torch.UntypedStorage | None = _storage(source.ring)
         self._store: torch.UntypedStorage | None = _storage(source.store)
@@ -117,6 +127,11 @@ class Binding:
         """Make `block` the one whose parameters are there; waits until it is loaded."""
         if block == self._current:
             return
+        if self._is_all_bound:
+            self._source.held = block
+            if self._source.is_settled:
+                self._current = block
+                return
         self._leave()
         places = self._source.want(block)
         self._current = block
@@ -139,10 +154,20 @@ class Binding:
         self._blocks, self._pinned = (), Block(name="pinned", loads=(), bound=())
 
     def _leave(self) -> None:
-        if self._current is not None:
-            for bound in self._blocks[self._current].bound:
+        held = range(len(self._blocks)) if self._is_all_bound else () if self._current is None else (self._current,)
+        for block in held:
+            for bound in self._blocks[block].bound:
                 bound.unbind()
-            self._current = None
+        self._current, self._is_all_bound = None, False
+
+    def _bind_all(self) -> None:
+        """Bind every block at once, if all are in memory and none must be converted there: `enter` is then free."""
+        if self._source.is_settled and self._is_plain:
+            self._is_all_bound = True
+            self._places = self._places or [self._source.places(block) for block in range(len(self._blocks))]
+            for block, places in zip(self._blocks, self._places, strict=True):
+                for bound in block.bound:
+                    bound.bind(self._memory, places)
 
     def _memory(self, place: Place) -> torch.UntypedStorage:
         storage = self._store if place.resident else self._ring
@@ -197,6 +222,7 @@ class Binding:
             self._in_pass = True
             try:
                 self._source.begin_pass(self._demand(args, kwargs))
+                self._bind_all()
                 return own(*args, **kwargs)
             finally:
                 self._in_pass = False

@@ -78,12 +78,20 @@ class Bound:
         self._stride = _contiguous_stride(self._shape)
         self._item_bytes = tensor.element_size()
         self._source = source
+        self._place: Place | None = None
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it takes no memory but the loads' own."""
+        return self._source.convert is None
 
     def bind(self, memory: Callable[[Place], torch.UntypedStorage], places: Sequence[Place]) -> None:
         """Point at the bytes; `places` are those of all loads of the block."""
         if self._source.convert is None:
             place = places[self.loads.start]
-            self.live.set_(memory(place), place.offset // self._item_bytes, self._shape, self._stride)
+            if place != self._place:  # resident ones stay where they are
+                self.live.set_(memory(place), place.offset // self._item_bytes, self._shape, self._stride)
+                self._place = place
         else:
             self.live.set_(self._convert(memory, places))  # type: ignore[call-overload]
         if self._home is not None:

@@ -50,6 +50,8 @@ class PackedRows:
         shape: rows and columns.
     """
 
+    is_view = True
+
     def __init__(self, run: ChunkRun, load: int, shape: tuple[int, int]) -> None:
         self.loads = range(load, load + 1)
         self._run = run

@@ -78,18 +78,24 @@ class QuantizedMatrix:
 class QuantizedRows:
     """One quantised matrix of a block: what `Bound` is to one of floats, from load number `first` on."""
 
+    is_view = True
+
     def __init__(self, entry: QuantizedTensor, first: int) -> None:
         self.loads = range(first, first + 2)
         self._entry = entry
         self._matrix: QuantizedMatrix | None = None
+        self._last: tuple[Sequence[Place], QuantizedMatrix] | None = None
 
     def bind(self, memory: Callable[[Place], torch.UntypedStorage], places: Sequence[Place]) -> None:
         """Point at the bytes; `places` are those of all loads of the block."""
-        parts = []
-        for load, stored in zip(self.loads, (self._entry.values, self._entry.scales), strict=True):
-            part = torch.empty(0, dtype=torch.uint8)
-            parts.append(part.set_(memory(places[load]), places[load].offset, (stored.extent.nbytes,), (1,)))
-        self._matrix = QuantizedMatrix(self._entry, *parts)
+        mine = places[self.loads.start : self.loads.stop]
+        if self._last is None or self._last[0] != mine:  # resident ones stay where they are
+            parts = []
+            for place, stored in zip(mine, (self._entry.values, self._entry.scales), strict=True):
+                part = torch.empty(0, dtype=torch.uint8)
+                parts.append(part.set_(memory(place), place.offset, (stored.extent.nbytes,), (1,)))
+            self._last = mine, QuantizedMatrix(self._entry, *parts)
+        self._matrix = self._last[1]
 
     def unbind(self) -> None:
         """Forget the bytes; they may be anybody's from now on."""

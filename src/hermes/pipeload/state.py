@@ -136,6 +136,12 @@ class Pipeline:
         visit = next(pending, None)
         return visit is not None and not visit.waiting and self._is_fetched(block)
 
+    def is_settled(self) -> bool:
+        """Whether every load is resident and there, so that nothing is ever waited for."""
+        if any(self._cold) or any(visit.missing for visit in self._queue):
+            return False
+        return all(len(kept) == len(loads) for kept, loads in zip(self._resident, self._slot_bytes, strict=True))
+
     def can_evict(self, block: int, load: int) -> bool:
         """Whether this load is resident, and the window would hold the block if it streamed it too."""
         if load not in self._resident[block]:

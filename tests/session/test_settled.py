@@ -1,0 +1,54 @@
+"""A model that is all in memory: blocks are bound once a pass, and given up in the middle of one without a trace."""
+
+import threading
+
+import pytest
+import torch
+import transformers as hf
+
+import hermes
+from hermes.memory.probe import resident_bytes
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    config = hf.BertConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4)
+    model = hf.BertModel(config)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_pass_wants_nothing_and_gives_up_what_it_must(checkpoint, monkeypatch):
+    ids = torch.arange(3, 60)[None]
+    expected = hf.BertModel.from_pretrained(checkpoint).eval()(ids).last_hidden_state
+    with hermes.load(checkpoint, budget=resident_bytes() + 400 * 2**20) as model, torch.inference_mode():
+        engine = model.hermes.engine
+        wanted = []
+        want = type(engine).want
+        monkeypatch.setattr(type(engine), "want", lambda self, block: wanted.append(block) or want(self, block))
+        assert torch.equal(model(ids).last_hidden_state, expected)
+        assert wanted
+        assert engine.is_settled
+        wanted.clear()
+        assert torch.equal(model(ids).last_hidden_state, expected)
+        assert not wanted
+        assert model.encoder.layer[2].output.dense.weight.is_meta  # between passes nothing is bound
+
+        module = model.encoder.layer[2].intermediate.dense
+        forward = module.forward
+
+        def squeezed(x):
+            thread = threading.Thread(target=engine.take, args=(engine.ledger.free_bytes + 2**20,))
+            thread.start()
+            thread.join()
+            return forward(x)
+
+        monkeypatch.setitem(module.__dict__, "forward", squeezed)
+        assert torch.equal(model(ids).last_hidden_state, expected)
+        assert not engine.is_settled
+        assert engine.stats.evicted_bytes
+        assert wanted
+        monkeypatch.undo()
+        for _ in range(2):
+            assert torch.equal(model(ids).last_hidden_state, expected)
