@@ -150,7 +150,7 @@ Result check(const Path& path, const u8* source, size_t source_bytes, u32 number
     const auto header = load<Header>(source);
     const size_t chunk_bytes = HEADER_BYTES + size_t{header.payload_bytes};
     if (source_bytes < chunk_bytes) return {Fault::TRUNCATED, number};
-    if (header.number != number) return {Fault::HEADER, number};
+    if (header.number != number || header.encoding >= NUM_ENCODINGS) return {Fault::HEADER, number};
     if (checksum(path, source + CHECKED_FROM, chunk_bytes - CHECKED_FROM) != header.sum)
       return {Fault::CHECKSUM, number};
     source += chunk_bytes;

@@ -115,6 +115,15 @@ nb::tuple multiply_packed(Address chunks, size_t nbytes, nb::handle places, u32 
   });
 }
 
+void interleave_rows(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
+                     size_t columns, Address scratch) {
+  if (!can_multiply() || columns % BLOCK || skip % BLOCK) throw nb::value_error("rows that are not multiplied packed");
+  with_matrix(chunks, nbytes, places, number, skip, rows, columns, [&](const Matrix& matrix) {
+    interleave(matrix, at(chunks), at(scratch));
+    return Result{Fault::NONE, 0};
+  });
+}
+
 nb::tuple unpack_some_rows(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
                            size_t columns, size_t begin, size_t end, Address target, unsigned threads) {
   if (begin > end || end > rows) throw nb::value_error("no such rows");
@@ -142,6 +151,10 @@ NB_MODULE(_native, m) {
         nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"), nb::arg("tokens"), nb::arg("bias"),
         nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("threads"),
         "The same with packed rows; (fault, number of the chunk).");
+  m.def("interleave_bytes", &interleave_bytes, nb::arg("columns"), "What `interleave` needs to work in.");
+  m.def("interleave", &interleave_rows, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
+        nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("scratch"),
+        "Put packed rows that stay in memory in the order in which products need them.");
   m.def("unpack_rows", &unpack_some_rows, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
         nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("begin"), nb::arg("end"), nb::arg("target"),
         nb::arg("threads"), "Unpack bf16 rows on several threads; (fault, number of the chunk).");

@@ -33,13 +33,6 @@ struct Row {
   }
 };
 
-size_t count_escapes(const u8* codes, size_t blocks) {
-  size_t even = 0, odd = 0;
-  const auto of = [](const u8* at) { return size_t(_mm_popcnt_u64(load<u64>(at) & load<u64>(at + 8) & load<u64>(at + 16))); };
-  for (; blocks >= 2; blocks -= 2, codes += 2 * CODE_BYTES) even += of(codes), odd += of(codes + CODE_BYTES);
-  return even + odd + (blocks ? of(codes) : 0);
-}
-
 // Goes over a matrix row by row, before it is unpacked: where each begins, and that no escape lies outside its chunk.
 class Walk {
  public:
@@ -115,11 +108,6 @@ inline void turn_lanes(__m512i v[4]) {
   v[2] = _mm512_shuffle_i32x4(b, d, 0x88), v[3] = _mm512_shuffle_i32x4(b, d, 0xDD);
 }
 
-inline __m512i load64(const u8* at) { return _mm512_loadu_si512(at); }
-inline __m512i plus(__m512i to, const u8* mask, int weight) {
-  return _mm512_mask_add_epi8(to, load<u64>(mask), to, _mm512_set1_epi8(char(weight)));
-}
-
 // Exponents, and signs with mantissas, of 64 elements that were not packed.
 inline void split(const u8* words, __m512i& exponent, __m512i& rest) {
   const __m512i first = load64(words), second = load64(words + 64);
@@ -133,7 +121,6 @@ inline void split(const u8* words, __m512i& exponent, __m512i& rest) {
 
 // Block number `block`, from where the rows are, of rows[0], [4], [8] and [12], as part[...][r] of a tile.
 inline void unpack_four(Row* rows, size_t block, bool has_room, u8 (*part)[4][64], size_t r) {
-  const __m512i sign = _mm512_set1_epi8(char(0x80));
   __m512i exponent[4], rest[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -142,45 +129,30 @@ inline void unpack_four(Row* rows, size_t block, bool has_room, u8 (*part)[4][64
       split(row.rest + 2 * BLOCK * block, exponent[i], rest[i]);
       continue;
     }
-    const u8* codes = row.codes + CODE_BYTES * block;
-    const u64 escaped = load<u64>(codes) & load<u64>(codes + 8) & load<u64>(codes + 16);
-    const unsigned number = unsigned(_mm_popcnt_u64(escaped));
-    const __m512i stored = has_room ? load64(row.escapes)
-                                    : _mm512_maskz_loadu_epi8(_bzhi_u64(~u64{0}, number), row.escapes);
-    const __m512i base = _mm512_set1_epi32(int(row.base));
-    exponent[i] = _mm512_mask_expand_epi8(plus(plus(plus(base, codes, 1), codes + 8, 2), codes + 16, 4), escaped, stored);
-    row.escapes += number;
+    exponent[i] = exponents(_mm512_set1_epi32(int(row.base)), row.codes + CODE_BYTES * block, row.escapes, has_room);
     rest[i] = load64(row.rest + BLOCK * block);
   }
   turn_lanes(exponent), turn_lanes(rest);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    // Where the first operand has a bit the second's, else the third's.
-    const __m512i high = _mm512_ternarylogic_epi64(sign, rest[i], _mm512_srli_epi16(exponent[i], 1), 0xCA);
-    const __m512i low = _mm512_ternarylogic_epi64(sign, _mm512_slli_epi16(exponent[i], 7), rest[i], 0xCA);
-    _mm512_store_si512(part[2 * i][r], _mm512_unpacklo_epi8(low, high));
-    _mm512_store_si512(part[2 * i + 1][r], _mm512_unpackhi_epi8(low, high));
+    const Halves halves = join(exponent[i], rest[i]);
+    _mm512_store_si512(part[2 * i][r], halves.first);
+    _mm512_store_si512(part[2 * i + 1][r], halves.second);
   }
 }
 
-// Eight columns of 16 rows with those of each token, which begin at x[t] + `offset`.
+// Eight columns of 16 rows with those of each token.
 template <int Tokens>
-inline void add_products(const u8 (&part)[4][64], const u8* const* x, size_t offset, __m512* sum) {
+inline void add_part(const u8 (&part)[4][64], const u8* const* x, size_t offset, __m512* sum) {
   const __m512i a = _mm512_unpacklo_epi32(load64(part[0]), load64(part[1]));
   const __m512i b = _mm512_unpackhi_epi32(load64(part[0]), load64(part[1]));
   const __m512i c = _mm512_unpacklo_epi32(load64(part[2]), load64(part[3]));
   const __m512i d = _mm512_unpackhi_epi32(load64(part[2]), load64(part[3]));
-  const __m512i pairs[] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
-                           _mm512_unpackhi_epi64(b, d)};
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 8
-    for (int t = 0; t < Tokens; ++t)
-      sum[t] = _mm512_dpbf16_ps(sum[t], __m512bh(pairs[i]),
-                                __m512bh(_mm512_set1_epi32(load<int>(x[t] + offset + 4 * i))));
+  add_products<Tokens>(_mm512_unpacklo_epi64(a, c), x, offset, sum);
+  add_products<Tokens>(_mm512_unpackhi_epi64(a, c), x, offset + 4, sum);
+  add_products<Tokens>(_mm512_unpacklo_epi64(b, d), x, offset + 8, sum);
+  add_products<Tokens>(_mm512_unpackhi_epi64(b, d), x, offset + 12, sum);
 }
-
-constexpr size_t FOUR_BLOCKS_BYTES = 4 * (BLOCK + CODE_BYTES + 2);  // as many escapes as there are in trained weights
 
 // Tokens from `token` on with the 16 rows from `row` on, of which there are `count`.
 template <int Tokens>
@@ -217,13 +189,13 @@ void dot(const Product& p, const Matrix& m, Row (&rows)[GROUP_ROWS], bool has_ro
       unpack_four(rows + r, block, has_room, tile.part, r);
       ahead.fetch<6>(FOUR_BLOCKS_BYTES);
       if (!column) continue;
-      add_products<Tokens>(before.part[2 * r], x, (column - BLOCK + 16 * r) * 2, sum);
-      add_products<Tokens>(before.part[2 * r + 1], x, (column - BLOCK + 16 * r + 8) * 2, sum);
+      add_part<Tokens>(before.part[2 * r], x, (column - BLOCK + 16 * r) * 2, sum);
+      add_part<Tokens>(before.part[2 * r + 1], x, (column - BLOCK + 16 * r + 8) * 2, sum);
     }
     if (column && column % p.block == 0) add_up(column == p.block);
   }
   const Tile& last = tiles[(p.columns / BLOCK - 1) % 2];
-  for (size_t i = 0; i < 8; ++i) add_products<Tokens>(last.part[i], x, (p.columns - BLOCK + 8 * i) * 2, sum);
+  for (size_t i = 0; i < 8; ++i) add_part<Tokens>(last.part[i], x, (p.columns - BLOCK + 8 * i) * 2, sum);
   add_up(p.columns <= p.block);
   for (int t = 0; t < Tokens; ++t) write_sums(p, total[t], token + t, row, count);
 }
@@ -238,6 +210,11 @@ Result multiply(const Product& p, const Matrix& m, unsigned threads) {
   return over_tiles(0, m.rows, tile, threads, [&](size_t from, size_t to, size_t next) -> Result {
     const size_t chunk = std::min((m.skip + std::min(next, m.rows - 1) * m.columns) / CHUNK_ELEMENTS, m.num_places - 1);
     Ahead ahead{m.chunks + (m.places[chunk] - m.places[0])};
+    if (Interleaved rows; find_interleaved(m, from, to, rows)) {
+      for (size_t row = from; row < to; row += GROUP_ROWS)
+        if (!multiply_group(p, rows, ahead, row)) return {Fault::ESCAPES, m.number};
+      return {Fault::NONE, 0};
+    }
     Walk walk(m, from);
     for (size_t row = from; row < to; row += GROUP_ROWS) {
       const size_t count = std::min(GROUP_ROWS, to - row);

@@ -33,15 +33,35 @@ size_t tile_rows(size_t columns) {
   return rows;
 }
 
+namespace {
+
+// Rows [begin, end) that lie in chunks.
+Result unpack_chunks(const Matrix& m, size_t begin, size_t end, u8* target) {
+  const size_t first = m.skip + begin * m.columns, chunk = first / CHUNK_ELEMENTS;
+  const u32 number = m.number + u32(chunk);
+  if (chunk + 1 >= m.num_places) return {Fault::TRUNCATED, number};
+  const size_t at = size_t(m.places[chunk] - m.places[0]);
+  if (at > m.bytes) return {Fault::TRUNCATED, number};
+  return decode(best_path(), m.chunks + at, m.bytes - at, target, (end - begin) * m.columns * 2, 2, number,
+                first % CHUNK_ELEMENTS, true);
+}
+
+}  // namespace
+
 Result unpack_rows(const Matrix& m, size_t begin, size_t end, u8* target, unsigned threads) {
-  return over_tiles(begin, end, tile_rows(m.columns), threads, [&](size_t from, size_t to, size_t) -> Result {
-    const size_t first = m.skip + from * m.columns, chunk = first / CHUNK_ELEMENTS;
-    const u32 number = m.number + u32(chunk);
-    if (chunk + 1 >= m.num_places) return {Fault::TRUNCATED, number};
-    const size_t at = size_t(m.places[chunk] - m.places[0]);
-    if (at > m.bytes) return {Fault::TRUNCATED, number};
-    return decode(best_path(), m.chunks + at, m.bytes - at, target + (from - begin) * m.columns * 2,
-                  (to - from) * m.columns * 2, 2, number, first % CHUNK_ELEMENTS, true);
+  const size_t tile = tile_rows(m.columns), row_bytes = m.columns * 2;
+  return over_tiles(begin / tile * tile, end, tile, threads, [&](size_t from, size_t to, size_t) -> Result {
+    const size_t low = std::max(from, begin);
+    Interleaved rows;
+    if (!find_interleaved(m, from, std::min(from + tile, m.rows), rows))
+      return unpack_chunks(m, low, to, target + (low - begin) * row_bytes);
+    for (size_t row = from; row < to; row += GROUP_ROWS) {
+      const size_t skip = std::min(GROUP_ROWS, std::max(row, begin) - row);
+      const size_t count = std::max(std::min(row + GROUP_ROWS, to), row + skip) - row - skip;
+      if (!unpack_group(m.columns, rows, skip, count, target + (std::max(row, begin) - begin) * row_bytes))
+        return {Fault::ESCAPES, m.number};
+    }
+    return {Fault::NONE, 0};
   });
 }
 
@@ -49,34 +69,6 @@ Result unpack_rows(const Matrix& m, size_t begin, size_t end, u8* target, unsign
 HERMES_TARGET_BEGIN(HERMES_BF16_PRODUCTS)
 
 namespace {
-
-// 16 rows of 16 words each, turned: word r of out[c] is word c of row r.
-inline void turn(const u8* rows, size_t stride, __m512i out[16]) {
-  __m512i a[16], b[16];
-  for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_si512(rows + r * stride);
-  for (int r = 0; r < 16; r += 2) {
-    b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
-    b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
-  }
-  for (int r = 0; r < 16; r += 4) {
-    a[r] = _mm512_unpacklo_epi64(b[r], b[r + 2]);
-    a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
-    a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
-    a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
-  }
-  for (int c = 0; c < 4; ++c) {
-    b[c] = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x88);
-    b[c + 4] = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xDD);
-    b[c + 8] = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x88);
-    b[c + 12] = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xDD);
-  }
-  for (int c = 0; c < 4; ++c) {
-    out[c] = _mm512_shuffle_i32x4(b[c], b[c + 8], 0x88);
-    out[c + 4] = _mm512_shuffle_i32x4(b[c + 4], b[c + 12], 0x88);
-    out[c + 8] = _mm512_shuffle_i32x4(b[c], b[c + 8], 0xDD);
-    out[c + 12] = _mm512_shuffle_i32x4(b[c + 4], b[c + 12], 0xDD);
-  }
-}
 
 // Tokens from `token` on with the 16 rows from `row` on.
 template <int Tokens>
@@ -90,13 +82,10 @@ void dot(const Product& p, const u8* rows, Ahead& ahead, size_t token, size_t ro
     for (size_t c = from; c < to; c += 32) {
       ahead.fetch<16>();
       __m512i pairs[16];
-      turn(rows + c * 2, p.columns * 2, pairs);
+      for (int r = 0; r < 16; ++r) pairs[r] = load64(rows + (r * p.columns + c) * 2);
+      turn(pairs);
 #pragma GCC unroll 16
-      for (int pair = 0; pair < 16; ++pair)
-#pragma GCC unroll 8
-        for (int t = 0; t < Tokens; ++t)
-          sum[t] = _mm512_dpbf16_ps(sum[t], __m512bh(pairs[pair]),
-                                    __m512bh(_mm512_set1_epi32(load<int>(x[t] + (c + 2 * pair) * 2))));
+      for (int i = 0; i < 16; ++i) add_products<Tokens>(pairs[i], x, (c + 2 * i) * 2, sum);
     }
     for (int t = 0; t < Tokens; ++t) total[t] = from ? _mm512_add_ps(total[t], sum[t]) : sum[t];
   }

@@ -55,4 +55,25 @@ void multiply(const Product& p, const u8* weights, size_t rows, unsigned threads
 // With packed rows; a fault of one of them, or none. Columns, `block` and what is skipped are multiples of 64.
 Result multiply(const Product& p, const Matrix& m, unsigned threads);
 
+// Packed rows that stay in memory are put in the order in which products need them, where they have whole groups, chunks
+// of their own and one base: `tile_rows` of them at a time, in the bytes that their chunks take. `chunks` are m's.
+// `scratch` has `interleave_bytes`. What is no such rows, or is damaged, stays as it is.
+void interleave(const Matrix& m, u8* chunks, u8* scratch);
+inline size_t interleave_bytes(size_t columns) { return tile_rows(columns) * columns * 2; }
+
+// Interleaved rows. Each block is four columns of a group of 16 rows, each lane of 128 bits four rows: two columns of
+// each, then the other two. All codes come first, then signs with mantissas, then escapes.
+struct Interleaved {
+  const u8 *codes, *rest, *escapes, *end;
+  u8 base;
+  bool has_room;  // to read 64 bytes from any escape on
+};
+// Rows [from, to), dealt out together. False where they are not interleaved.
+bool find_interleaved(const Matrix& m, size_t from, size_t to, Interleaved& rows);
+struct Ahead;
+// The next 16 rows with the tokens, their products to row `row`; moves on. False when escapes run out.
+bool multiply_group(const Product& p, Interleaved& rows, Ahead& ahead, size_t row);
+// The next 16 rows as they are unpacked, [skip, skip + count) of them to `target`; moves on. Likewise.
+bool unpack_group(size_t columns, Interleaved& rows, size_t skip, size_t count, u8* target);
+
 }  // namespace hermes

@@ -45,6 +45,75 @@ Result over_tiles(size_t begin, size_t end, size_t rows, unsigned threads, Work 
 
 HERMES_TARGET_BEGIN(HERMES_BF16_PRODUCTS)
 
+inline __m512i load64(const u8* at) { return _mm512_loadu_si512(at); }
+
+// 16 rows of 16 words each turned: word r of v[c] becomes word c of v[r].
+inline void turn(__m512i v[16]) {
+  __m512i a[16];
+  for (int r = 0; r < 16; r += 2) {
+    a[r] = _mm512_unpacklo_epi32(v[r], v[r + 1]);
+    a[r + 1] = _mm512_unpackhi_epi32(v[r], v[r + 1]);
+  }
+  for (int r = 0; r < 16; r += 4) {
+    v[r] = _mm512_unpacklo_epi64(a[r], a[r + 2]);
+    v[r + 1] = _mm512_unpackhi_epi64(a[r], a[r + 2]);
+    v[r + 2] = _mm512_unpacklo_epi64(a[r + 1], a[r + 3]);
+    v[r + 3] = _mm512_unpackhi_epi64(a[r + 1], a[r + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    a[c] = _mm512_shuffle_i32x4(v[c], v[c + 4], 0x88);
+    a[c + 4] = _mm512_shuffle_i32x4(v[c], v[c + 4], 0xDD);
+    a[c + 8] = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0x88);
+    a[c + 12] = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0xDD);
+  }
+  for (int c = 0; c < 4; ++c) {
+    v[c] = _mm512_shuffle_i32x4(a[c], a[c + 8], 0x88);
+    v[c + 4] = _mm512_shuffle_i32x4(a[c + 4], a[c + 12], 0x88);
+    v[c + 8] = _mm512_shuffle_i32x4(a[c], a[c + 8], 0xDD);
+    v[c + 12] = _mm512_shuffle_i32x4(a[c + 4], a[c + 12], 0xDD);
+  }
+}
+
+inline size_t count_escapes(const u8* codes, size_t blocks) {
+  size_t even = 0, odd = 0;
+  const auto of = [](const u8* at) { return size_t(_mm_popcnt_u64(load<u64>(at) & load<u64>(at + 8) & load<u64>(at + 16))); };
+  for (; blocks >= 2; blocks -= 2, codes += 2 * CODE_BYTES) even += of(codes), odd += of(codes + CODE_BYTES);
+  return even + odd + (blocks ? of(codes) : 0);
+}
+
+// Exponents of 64 packed elements, from the codes at `codes` and the escapes at `escapes`, which move on. Those are read
+// with what lies behind them where there `has_room` for that, which is faster.
+inline __m512i exponents(__m512i base, const u8* codes, const u8*& escapes, bool has_room) {
+  const auto plus = [](__m512i to, const u8* mask, int weight) {
+    return _mm512_mask_add_epi8(to, load<u64>(mask), to, _mm512_set1_epi8(char(weight)));
+  };
+  const u64 escaped = load<u64>(codes) & load<u64>(codes + 8) & load<u64>(codes + 16);
+  const unsigned number = unsigned(_mm_popcnt_u64(escaped));
+  const __m512i stored = has_room ? load64(escapes) : _mm512_maskz_loadu_epi8(_bzhi_u64(~u64{0}, number), escapes);
+  escapes += number;
+  return _mm512_mask_expand_epi8(plus(plus(plus(base, codes, 1), codes + 8, 2), codes + 16, 4), escaped, stored);
+}
+
+// 64 elements from their exponents, and signs with mantissas: the first eight of each lane, and the other eight.
+struct Halves {
+  __m512i first, second;
+};
+inline Halves join(__m512i exponent, __m512i rest) {
+  const __m512i sign = _mm512_set1_epi8(char(0x80));
+  // Where the first operand has a bit the second's, else the third's.
+  const __m512i high = _mm512_ternarylogic_epi64(sign, rest, _mm512_srli_epi16(exponent, 1), 0xCA);
+  const __m512i low = _mm512_ternarylogic_epi64(sign, _mm512_slli_epi16(exponent, 7), rest, 0xCA);
+  return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+}
+
+// Two columns of 16 rows with those of each token, which begin at x[t] + `offset`.
+template <int Tokens>
+inline void add_products(__m512i pair, const u8* const* x, size_t offset, __m512* sum) {
+#pragma GCC unroll 8
+  for (int t = 0; t < Tokens; ++t)
+    sum[t] = _mm512_dpbf16_ps(sum[t], __m512bh(pair), __m512bh(_mm512_set1_epi32(load<int>(x[t] + offset))));
+}
+
 // Memory that a thread uses next, fetched while it computes: it then comes as fast as from the second-level cache.
 struct Ahead {
   const u8* at;
@@ -55,6 +124,8 @@ struct Ahead {
     at += nbytes;
   }
 };
+
+inline constexpr size_t FOUR_BLOCKS_BYTES = 4 * (BLOCK + CODE_BYTES + 2);  // as many escapes as there are in trained weights
 
 // Adds the bias to the products of one token with `rows` rows from `row` on, 16 at most, and writes them.
 inline void write_sums(const Product& p, __m512 sums, size_t token, size_t row, size_t rows) {

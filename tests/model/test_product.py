@@ -16,7 +16,7 @@ from hermes.checkpoint.pack import pack
 from hermes.errors import ReadError
 from hermes.memory.probe import resident_bytes
 from hermes.model import product
-from hermes.model.product import MOST_TOKENS, PackedRows, can_stay_packed, summing_block
+from hermes.model.product import MOST_TOKENS, PackedRows, can_stay_packed, finish, summing_block
 from hermes.pipeload import Place
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the native decoder was not built")
@@ -25,8 +25,8 @@ multiplies = pytest.mark.skipif(
 )
 
 
-def packed_rows(weight: torch.Tensor, begin: int = 0, end: int | None = None) -> PackedRows:
-    """These rows of a matrix, bound to the chunks of it that hold them."""
+def packed_rows(weight: torch.Tensor, begin: int = 0, end: int | None = None, *, stays: bool = False) -> PackedRows:
+    """These rows of a matrix, bound to the chunks of it that hold them, as they stream or as they stay in memory."""
     rows, columns = weight.shape
     end = rows if end is None else end
     content = memoryview(weight.contiguous().view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
@@ -39,7 +39,9 @@ def packed_rows(weight: torch.Tensor, begin: int = 0, end: int | None = None) ->
     run: ChunkRun = PackedFile(tensors=[tensor]).run(2 * begin * columns, 2 * (end - begin) * columns)
     found = PackedRows(run, 0, (end - begin, columns))
     whole = b"".join(chunks)
-    memory = torch.frombuffer(bytearray(b"." + whole[run.offset : run.offset + run.nbytes]), dtype=torch.uint8)
+    content = memoryview(bytearray(b"." + whole[run.offset : run.offset + run.nbytes]))
+    finish(run, (end - begin, columns), content[1:], stays)
+    memory = torch.frombuffer(content, dtype=torch.uint8)
     found.bind(lambda _: memory.untyped_storage(), [Place(resident=False, offset=1)])
     return found
 
@@ -61,7 +63,8 @@ SHAPES = [(16, 64), (100, 128), (256, 1024), (640, 576), (1000, 2112), (257, 409
 @multiplies
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, MOST_TOKENS])
-def test_few_tokens(shape: tuple[int, int], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stays", [False, True])
+def test_few_tokens(shape: tuple[int, int], tokens: int, stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PackedRows, "_unpack_and_multiply", None)  # is not what is tested here
     weight = weights(*shape)
     x = torch.randn(1, tokens, shape[1]).bfloat16()
@@ -69,7 +72,7 @@ def test_few_tokens(shape: tuple[int, int], tokens: int, monkeypatch: pytest.Mon
     for given in (None, bias):
         if not summing_block(tokens, *shape, given is not None, torch.get_num_threads()):
             pytest.skip("torch sums in another order here")
-        got = packed_rows(weight).linear(x, given)
+        got = packed_rows(weight, stays=stays).linear(x, given)
         assert got.shape == (1, tokens, shape[0])
         assert same(got, functional.linear(x, weight, given))
 
@@ -86,21 +89,38 @@ def test_plain_matrices(shape: tuple[int, int], tokens: int) -> None:
 
 
 @multiplies
-def test_rows_that_begin_within_a_chunk() -> None:
-    weight = weights(600, 192)
-    x = torch.randn(3, 192).bfloat16()
-    got = packed_rows(weight, 301, 577).linear(x, None)
-    assert same(got, functional.linear(x, weight[301:577]))
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize(("begin", "end"), [(301, 577), (0, 512), (512, 600), (512, 1024), (3, 9)])
+def test_some_rows(begin: int, end: int, stays: bool) -> None:
+    weight = weights(1100, 192)
+    for tokens in (3, 40):
+        x = torch.randn(tokens, 192).bfloat16()
+        got = packed_rows(weight, begin, end, stays=stays).linear(x, None)
+        assert same(got, functional.linear(x, weight[begin:end]))
 
 
 @multiplies
-def test_chunks_that_were_not_packed() -> None:
+def test_rows_that_stay_are_put_in_another_order_and_take_no_byte_more() -> None:
+    weight = weights(1024, 192)
+    rows, kept = packed_rows(weight), packed_rows(weight, stays=True)
+    assert rows._storage is not None
+    assert kept._storage is not None
+    chunks, interleaved = (torch.empty(0, dtype=torch.uint8).set_(one._storage) for one in (rows, kept))
+    assert len(chunks) == len(interleaved)
+    headers = [1 + int(place - rows._run.places[0]) for place in rows._run.places[:-1]]
+    assert chunks[headers[0] + 8] == 1
+    assert interleaved[headers[0] + 8] == 0x80
+
+
+@multiplies
+@pytest.mark.parametrize("stays", [False, True])
+def test_chunks_that_were_not_packed(stays: bool) -> None:
     """Numbers of any exponent: no code is short enough, the chunk is stored as it is."""
     weight = weights(300, 512)
     weight[64:128] = torch.randint(-32000, 32000, (64, 512), dtype=torch.int16).view(torch.bfloat16).nan_to_num(1.0)
     weight[64:128].clamp_(-1e4, 1e4)
     x = torch.randn(1, 512).bfloat16()
-    rows = packed_rows(weight)
+    rows = packed_rows(weight, stays=stays)
     assert rows._run.nbytes < 2 * weight.numel()
     assert same(rows.linear(x, None), functional.linear(x, weight))
 
@@ -112,7 +132,7 @@ def test_a_damaged_chunk_is_not_multiplied(damage: str) -> None:
     rows = packed_rows(weight)
     assert rows._storage is not None
     chunks = torch.empty(0, dtype=torch.uint8).set_(rows._storage)
-    second = 1 + int(rows._places[1] - rows._places[0])
+    second = 1 + int(rows._run.places[1] - rows._run.places[0])
     if damage == "number":
         chunks[second + 12] += 1
     elif damage == "payload":
@@ -125,12 +145,13 @@ def test_a_damaged_chunk_is_not_multiplied(damage: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_many_tokens_and_unknown_orders(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stays", [False, True])
+def test_many_tokens_and_unknown_orders(shape: tuple[int, int], stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "summing_block", lambda *_: 0)
     weight = weights(*shape)
     for tokens in (1, 40):
         x = torch.randn(tokens, shape[1]).bfloat16()
-        assert same(packed_rows(weight).linear(x, None), functional.linear(x, weight))
+        assert same(packed_rows(weight, stays=stays).linear(x, None), functional.linear(x, weight))
 
 
 @multiplies

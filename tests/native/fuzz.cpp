@@ -87,10 +87,24 @@ void multiply_packed(const std::vector<u8>& chunks, const std::vector<i64>& plac
   Product plain = p;
   plain.y = expected.bytes.get(), plain.y_stride = padded;
   multiply(plain, weights.bytes.get(), padded, 1);
-  for (size_t t = 0; t < tokens; ++t)
-    require(std::equal(y.bytes.get() + t * rows * 2, y.bytes.get() + (t + 1) * rows * 2,
-                       expected.bytes.get() + t * padded * 2),
-            "a product with packed rows differs");
+  const auto require_same = [&] {
+    for (size_t t = 0; t < tokens; ++t)
+      require(std::equal(y.bytes.get() + t * rows * 2, y.bytes.get() + (t + 1) * rows * 2,
+                         expected.bytes.get() + t * padded * 2),
+              "a product with packed rows differs");
+  };
+  require_same();
+  // In the order of rows that stay, too; and where that is damaged, nothing outside may be touched.
+  const Exact scratch(interleave_bytes(columns)), again(weights.size);
+  interleave(m, source.bytes.get(), scratch.bytes.get());
+  require(multiply(p, m, 1).fault == Fault::NONE && unpack_rows(m, 0, rows, again.bytes.get(), 2).fault == Fault::NONE,
+          "interleaving damages");
+  require_same();
+  require(std::equal(weights.bytes.get(), weights.bytes.get() + rows * columns * 2, again.bytes.get()),
+          "interleaved rows unpack to others");
+  for (size_t i = 0; i < 8; ++i) source.bytes[i * 7919 % source.size] ^= u8(1 + i * 31);
+  multiply(p, m, 1);
+  unpack_rows(m, rows / 3, rows, again.bytes.get(), 1);
 }
 
 void one_matrix(const u8* data, size_t size) {

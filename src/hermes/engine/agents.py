@@ -24,6 +24,7 @@ class Ticket:
         slot: the memory it fills.
         on_done: called once, by the agent that finished the last piece, outside every lock.
         is_abandoned: asked before each read; a ticket nobody needs any more is done without reading.
+        stays: in the resident store.
         shelved: where its packed pieces stay, and come from when they are there.
     """
 
@@ -31,6 +32,7 @@ class Ticket:
     slot: memoryview
     on_done: Callable[["Ticket"], None]
     is_abandoned: Callable[[], bool] = field(default=lambda: False)
+    stays: bool = False
     shelved: Shelved | None = None
     left: int = 0
 
@@ -159,13 +161,13 @@ class LoadingAgents:
 
 
 def _settle(ticket: Ticket) -> None:
-    """Move a tensor that the file does not hold at an address its kernels want, and check what must be checked.
+    """Move a tensor that the file does not hold at an address its kernels want, and finish what must be finished.
 
     Releases the interpreter lock. Raises ReadError.
     """
     load = ticket.load
-    if load.check is not None and not ticket.is_abandoned():
-        load.check(ticket.slot[load.data_offset : load.data_offset + load.nbytes])
     if load.shift:
         base = ctypes.addressof(ctypes.c_char.from_buffer(ticket.slot)) + load.data_offset
         ctypes.memmove(base, base + load.shift, load.nbytes)
+    if load.finish is not None and not ticket.is_abandoned():
+        load.finish(ticket.slot[load.data_offset : load.data_offset + load.nbytes], ticket.stays)

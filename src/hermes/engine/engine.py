@@ -352,7 +352,14 @@ class Engine:
             else (self.ring, order.offset)
         )
         slot = arena.view[offset : offset + load.slot_bytes]
-        return Ticket(load=load, slot=slot, on_done=fetched, is_abandoned=is_abandoned, shelved=shelved)
+        return Ticket(
+            load=load,
+            slot=slot,
+            on_done=fetched,
+            is_abandoned=is_abandoned,
+            stays=order.offset is None,
+            shelved=shelved,
+        )
 
     def _count_read(self, agent: str, ticket: Ticket, nbytes: int, start: float, end: float) -> None:
         with self._lock:

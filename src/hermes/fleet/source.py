@@ -10,13 +10,10 @@ __all__ = ["EngineSource"]
 
 
 class EngineSource:
-    """An engine as its model sees it (`BlockSource`). Who comes between overrides `want`, which is never left out."""
-
-    is_settled = False
+    """An engine as its model sees it (`BlockSource`). Who comes between them overrides `want`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.held: int | None = None
         self.ring: Arena = engine.ring
         self.store: Arena = engine.store
 
@@ -27,6 +24,20 @@ class EngineSource:
     def want(self, block: int) -> tuple[Place, ...]:
         """As the engine's."""
         return self._engine.want(block)
+
+    @property
+    def is_settled(self) -> bool:
+        """Never, so that no `want` is left out."""
+        return False
+
+    @property
+    def held(self) -> int | None:
+        """As the engine's."""
+        return self._engine.held
+
+    @held.setter
+    def held(self, block: int | None) -> None:
+        self._engine.held = block
 
     def places(self, block: int) -> tuple[Place, ...]:
         """As the engine's."""

@@ -36,6 +36,9 @@ class Turns:
         max_active: likewise.
         submit: given what a model has joined with, once for each of its requests, when that may begin.
         clock: of arrivals and deadlines.
+
+    Attributes:
+        is_one_at_a_time: no request begins before the one under way is answered: it has every turn.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Turns:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.clock = clock
+        self.is_one_at_a_time = max_active == 1
         self._submit = submit
         self._serve: dict[str, Callable[[], None]] = {}
         self._schedule = Schedule(policy, max_active=max_active)
@@ -112,7 +116,8 @@ class Turns:
                 self._ended.wait()
 
     def resume(self, policy: Policy, max_active: int) -> None:
-        """Begin what waits, in this way."""
+        """Begin what waits, in this way. After `drain`."""
+        self.is_one_at_a_time = max_active == 1
         self._tell(Changed(policy, max_active))
 
     def close(self) -> None:
@@ -151,8 +156,15 @@ class TurnSource(EngineSource):
         super().__init__(engine)
         self._turns, self._model = turns, model
 
+    @property
+    def is_settled(self) -> bool:
+        """As the engine's, where nobody could come first."""
+        return self._turns.is_one_at_a_time and self._engine.is_settled
+
     def want(self, block: int) -> tuple[Place, ...]:
         """As the engine's; returns when the block is there and it is this model's turn."""
+        if self._turns.is_one_at_a_time:
+            return self._engine.want(block)
         self._engine.release()
         if self._engine.is_there(block):
             self._turns.reached(self._model, ready=True)

@@ -31,10 +31,12 @@ class BlockSource(Protocol):
 
     ring: Arena
     store: Arena
-    is_settled: bool
-    """Nothing streams: blocks need not be wanted, for as long as `held` is set first and this is asked then."""
     held: int | None
     """The block that is computed."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing streams: blocks need not be wanted, for as long as `held` is set first and this is asked then."""
 
     def start(self) -> list[Place]:
         """Fetch what is pinned and begin to load."""

@@ -12,7 +12,7 @@ from torch import nn
 from hermes.checkpoint.chunks import PackedFile
 from hermes.checkpoint.index import DTYPE_BYTES, Extent
 from hermes.model.mapping import Source
-from hermes.model.product import PackedRows, linear
+from hermes.model.product import PackedRows, finish, linear
 from hermes.model.quantized import SCALE_BYTES, QuantizedRows
 from hermes.model.trace import tensors_in
 from hermes.model.units import Unit
@@ -303,7 +303,7 @@ class LoadFactory:
                 run.nbytes,
                 alignment=self._alignment,
                 piece_bytes=self._piece_bytes,
-                check=run.check,
+                finish=functools.partial(finish, run, (shape[0], shape[1])),
             )
         )
         return PackedRows(run, len(loads) - 1, (shape[0], shape[1]))

@@ -18,7 +18,7 @@ from hermes.checkpoint.decoder import check, native
 from hermes.model.units import MATRIX_ROWS
 from hermes.pipeload import Place
 
-__all__ = ["MOST_TOKENS", "PackedRows", "can_stay_packed", "linear", "summing_block"]
+__all__ = ["MOST_TOKENS", "PackedRows", "can_stay_packed", "finish", "linear", "summing_block"]
 
 MOST_TOKENS = 16
 """Above, torch's own product and the unpacking before it are faster."""
@@ -41,6 +41,19 @@ def can_stay_packed(dtype: torch.dtype, shape: Sequence[int]) -> bool:
     return native() is not None and dtype == torch.bfloat16 and len(shape) == 2 and shape[1] % PACKED_COLUMNS == 0
 
 
+def finish(run: ChunkRun, shape: tuple[int, int], chunks: memoryview, stays: bool) -> None:
+    """Check the chunks of packed rows; put such as stay in memory in the order in which products need them, in place.
+
+    Releases the interpreter lock. Raises ReadError.
+    """
+    run.check(chunks)
+    if stays and native().can_multiply():
+        scratch = torch.empty(native().interleave_bytes(shape[1]), dtype=torch.uint8)
+        address = torch.frombuffer(chunks, dtype=torch.uint8).data_ptr()
+        matrix = (address, run.nbytes, run.places, run.number, run.skip, *shape)
+        native().interleave(*matrix, scratch=scratch.data_ptr())
+
+
 class PackedRows:
     """Rows of one packed matrix: what `Bound` is to an unpacked one. Its product raises ReadError for a corrupt chunk.
 
@@ -55,24 +68,24 @@ class PackedRows:
     def __init__(self, run: ChunkRun, load: int, shape: tuple[int, int]) -> None:
         self.loads = range(load, load + 1)
         self._run = run
-        self._places = run.places
+        self._where = (run.nbytes, run.places, run.number, run.skip, *shape)
         self._shape = shape
         self._storage: torch.UntypedStorage | None = None
-        self._chunks = 0
+        self._matrix: tuple[object, ...] = ()  # as the native module is told of it
 
     def bind(self, memory: Callable[[Place], torch.UntypedStorage], places: Sequence[Place]) -> None:
         """Point at the bytes; `places` are those of all loads of the block."""
         place = places[self.loads.start]
         self._storage = memory(place)
-        self._chunks = self._storage.data_ptr() + place.offset
+        self._matrix = (self._storage.data_ptr() + place.offset, *self._where)
 
     def unbind(self) -> None:
         """Forget the bytes; they may be anybody's from now on."""
-        self._storage, self._chunks = None, 0
+        self._storage, self._matrix = None, ()
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`functional.linear` with these rows, on torch's number of threads."""
-        if not self._chunks:
+        if not self._matrix:
             raise RuntimeError(f"{self._run.where} is not in memory")
         block = _block_for(x, self._shape, bias)
         if not block:
@@ -96,11 +109,6 @@ class PackedRows:
             part = None if bias is None else bias[begin:end]
             output[..., begin:end] = functional.linear(x, tile[: end - begin], part)
         return output
-
-    @property
-    def _matrix(self) -> tuple[object, ...]:
-        run = self._run
-        return (self._chunks, run.nbytes, self._places, run.number, run.skip, *self._shape)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

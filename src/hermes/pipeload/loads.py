@@ -47,8 +47,9 @@ class Piece:
 class Load:
     """One tensor's way into a slot of `slot_bytes`; its `nbytes` begin at `data_offset` of the slot in the end.
 
-    Its pieces may leave it `shift` bytes further up: then it is moved down once all of them are there. `check` is given
-    its bytes then, and raises if they are not what they should be.
+    Its pieces may leave it `shift` bytes further up: then it is moved down once all of them are there. `finish` is given
+    its bytes then, and whether they are to stay: it raises if they are not what they should be, and may put such as stay
+    into an order that is faster to compute with.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Load:
     nbytes: int
     pieces: tuple[Piece, ...]
     shift: int = 0
-    check: Callable[[memoryview], None] | None = None
+    finish: Callable[[memoryview, bool], None] | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -88,13 +89,13 @@ def plan_load(
     address_alignment: int = 1,
     codec: Codec | None = None,
     packed: Mapping[int, PackedFile] | None = None,
-    check: Callable[[memoryview], None] | None = None,
+    finish: Callable[[memoryview, bool], None] | None = None,
 ) -> Load:
     """The load that fills `nbytes` of a parameter from `extents` in order.
 
     One extent without codec is read straight into place: the slot holds the superset that is aligned for O_DIRECT, and
     the tensor begins wherever it does in the file, or at the multiple of `address_alignment` below, to which it is then
-    moved; only such a load has a `check`. Several extents, or a codec, go through the agents' buffers of `piece_bytes`
+    moved; only such a load has a `finish`. Several extents, or a codec, go through the agents' buffers of `piece_bytes`
     + 2 x `alignment`.
 
     Extents of a file that is `packed` are read as the whole chunks that hold them, each piece at most `piece_bytes` or
@@ -138,7 +139,7 @@ def plan_load(
             nbytes=nbytes,
             pieces=pieces,
             shift=shift,
-            check=check,
+            finish=finish,
         )
     return Load(
         name=name,
