@@ -60,7 +60,7 @@ def fleet_of(nets, names, *, spare_bytes, **options):
     fleet = hermes.Fleet(budget="1GiB", **options)
     for name in names:
         fleet.add(name, skeleton(name), nets[name][1], example_args=(PIXELS,))
-    fleet.budget_bytes = resident_bytes() + 44 * MIB + spare_bytes  # margin, slack and activations; and for weights
+    fleet.budget_bytes = resident_bytes() + 48 * MIB + spare_bytes  # margin, slack and activations; and for weights
     return fleet
 
 
@@ -89,7 +89,7 @@ def test_outputs_are_those_of_each_alone_and_failures_stay_at_home(nets, tmp_pat
                             overdrawn.append((name, dict(ledger.accounts)))
 
         done = threading.Event()
-        watcher = threading.Thread(target=watch, args=(done,))
+        watcher = threading.Thread(target=watch, args=(done,), daemon=True)
         watcher.start()
         futures = [(name, x, fleet.submit(name, x)) for x in inputs * 3 for name in ("small", "large")]
         broken = fleet.submit("small", PIXELS, broken=True)

@@ -105,7 +105,8 @@ def test_rows_that_stay_are_put_in_another_order_and_take_no_byte_more() -> None
     rows, kept = packed_rows(weight), packed_rows(weight, stays=True)
     assert rows._storage is not None
     assert kept._storage is not None
-    chunks, interleaved = (torch.empty(0, dtype=torch.uint8).set_(one._storage) for one in (rows, kept))
+    chunks = torch.empty(0, dtype=torch.uint8).set_(rows._storage)
+    interleaved = torch.empty(0, dtype=torch.uint8).set_(kept._storage)
     assert len(chunks) == len(interleaved)
     headers = [1 + int(place - rows._run.places[0]) for place in rows._run.places[:-1]]
     assert chunks[headers[0] + 8] == 1

@@ -47,9 +47,9 @@ class Piece:
 class Load:
     """One tensor's way into a slot of `slot_bytes`; its `nbytes` begin at `data_offset` of the slot in the end.
 
-    Its pieces may leave it `shift` bytes further up: then it is moved down once all of them are there. `finish` is given
-    its bytes then, and whether they are to stay: it raises if they are not what they should be, and may put such as stay
-    into an order that is faster to compute with.
+    Its pieces may leave it `shift` bytes further up: then it is moved down once all of them are there. `finish` is
+    given its bytes then, and whether they are to stay: it raises if they are not what they should be, and may put such
+    as stay into an order that is faster to compute with.
     """
 
     name: str
