@@ -63,7 +63,7 @@ void encode_block(__m512i first, __m512i second, u8 base, u8* codes, u8* rest, u
   escapes += number;
 }
 
-// Rows [from, to), of which each is `columns` words at `rows`, into the bytes where their chunks were.
+// `count` rows of `columns` elements into the bytes where their chunks were.
 void encode_rows(const u8* rows, size_t count, size_t columns, u8 base, u32 number, u8* at) {
   const size_t blocks = count * columns / BLOCK;
   u8 *codes = at + HEADER_BYTES, *rest = codes + CODE_BYTES * blocks, *escapes = rest + BLOCK * blocks;
