@@ -2,7 +2,8 @@
 
 The disk is one server: loads come in the order they were ordered, at the measured rate, and later where their memory is
 touched for the first time, which takes the cores from the Inference Agent, too. That is the other server. What is
-packed goes through a third: the cores, on which agents unpack while others read.
+packed goes through a third: the cores, on which agents unpack while others read. A unit takes its measured seconds
+while the disk is read, and a part of them for the rest.
 """
 
 from collections import deque
@@ -122,6 +123,8 @@ def simulate(
             while not granted:
                 now = max(now, disk[0][0])
                 settle(now)
+            reading = min(max(0.0, disk_free - now), seconds)
+            seconds = reading + (seconds - reading) * (problem.next_quiet if number else problem.first_quiet)
             now += seconds + min(faulting, seconds)
             faulting -= min(faulting, seconds)
             settle(now)

@@ -18,7 +18,7 @@ __all__ = [
     "block_samples",
 ]
 
-PROFILE_VERSION = 4
+PROFILE_VERSION = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,8 @@ class Profile:
         bandwidths: of the disk.
         unpack_bytes_per_second: of packed weights, as unpacked by one core; 0 where none are packed.
         units: in the order of a pass.
+        quiet: by tokens in the pass, the part of the units' seconds that they take while no agent reads: products of
+            few tokens do little but read memory, which agents write to meanwhile.
         measured: False where compute was estimated from operations, not measured.
         trace: of the pass over that batch and sequence; None where it could not be followed.
         delays: fitted to the units, for blocks that were never measured; None in an estimate.
@@ -126,10 +128,15 @@ class Profile:
     unpack_bytes_per_second: float = 0.0
     bandwidths: tuple[BandwidthRecord, ...]
     units: tuple[UnitRecord, ...]
+    quiet: tuple[tuple[int, float], ...] = ()
     measured: bool = True
     trace: Trace | None = None
     delays: DelayModel | None = None
     _by_name: dict[str, UnitRecord] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def quiet_share(self, tokens: int) -> float:
+        """`quiet` for a pass over so many tokens: that of the measured pass most like it, 1 if there is none."""
+        return min(self.quiet, key=lambda measured: abs(measured[0] - tokens), default=(tokens, 1.0))[1]
 
     def compute_of(self, unit: str, like: BlockSample | None = None) -> ComputeRecord:
         """Cost of a unit by name; of one that was never measured, by the delay model for a block `like` it.

@@ -45,7 +45,8 @@ def measure_profile(prepared: Prepared) -> Profile:
     """Run the model in the sequential engine for each number of agents, and then overlapped.
 
     Seconds of loading come from the former, where nothing else goes on; seconds of computing from the latter, because
-    agents that read take processor time and memory bandwidth from the computation they are meant to hide behind.
+    agents that read take processor time and memory bandwidth from the computation they are meant to hide behind. What
+    it takes without them is kept beside it, for plans that read little.
 
     Blocking, for about ten times as long as reading the weights takes. Raises ReadError, ModelError.
     """
@@ -62,6 +63,8 @@ def measure_profile(prepared: Prepared) -> Profile:
     for num_agents in MEASURED_AGENTS:
         with _start(prepared, num_agents, sequential=True) as session:
             loads[num_agents] = next(_measured_passes(prepared, session))[1]
+            if num_agents == MEASURED_AGENTS[-1]:
+                alone = {tokens: sum(seconds) for tokens, _, seconds in _measured_passes(prepared, session)}
     with _start(prepared, MEASURED_AGENTS[-1], sequential=False) as session:
         for _ in range(ROUNDS):
             for tokens, _, seconds in _measured_passes(prepared, session):
@@ -78,6 +81,10 @@ def measure_profile(prepared: Prepared) -> Profile:
         tokens: [statistics.median(column) for column in zip(*samples[1:], strict=True)]  # the first is cold
         for tokens, samples in computes.items()
     }
+    quiet = tuple(
+        (tokens, min(1.0, max(alone[tokens], 1e-9) / max(sum(seconds), 1e-9)))
+        for tokens, seconds in sorted(computed.items())
+    )
     units = []
     with prepared.reader() as reader:
         factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
@@ -107,6 +114,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         unpack_bytes_per_second=measure_unpacking(prepared.checkpoint),
         bandwidths=tuple(bandwidths_beside_compute(bandwidths, beside)),
         units=tuple(units),
+        quiet=quiet,
         trace=prepared.trace,
         delays=fit_delays(block_samples(units, workload.batch_size * workload.sequence_length)),
     )
