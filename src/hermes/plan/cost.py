@@ -2,8 +2,8 @@
 
 The disk is one server: loads come in the order they were ordered, at the measured rate, and later where their memory is
 touched for the first time, which takes the cores from the Inference Agent, too. That is the other server. What is
-packed goes through a third: the cores, on which agents unpack while others read. A unit takes its measured seconds
-while the disk is read, and a part of them for the rest.
+packed goes through a third: the cores, on which agents unpack while others read. Units take their measured seconds
+where all weights stream, as they did when those were measured, and fewer the fewer stream.
 """
 
 from collections import deque
@@ -68,7 +68,8 @@ def simulate(
     slots = [[n for unit in block for n in units[unit].slot_bytes] for block in blocks]
     reads = [[n for unit in block for n in units[unit].read_bytes] for block in blocks]
     first = [sum(units[unit].first_seconds for unit in block) for block in blocks]
-    later = [sum(units[unit].next_seconds for unit in block) for block in blocks]
+    share = problem.quiet + (1.0 - problem.quiet) * _part_streamed(reads, resident)
+    later = [share * sum(units[unit].next_seconds for unit in block) for block in blocks]
     unpacks = [
         [seconds / problem.num_cores for unit in block for seconds in _unpack_seconds(units[unit])] for block in blocks
     ]
@@ -123,8 +124,6 @@ def simulate(
             while not granted:
                 now = max(now, disk[0][0])
                 settle(now)
-            reading = min(max(0.0, disk_free - now), seconds)
-            seconds = reading + (seconds - reading) * (problem.next_quiet if number else problem.first_quiet)
             now += seconds + min(faulting, seconds)
             faulting -= min(faulting, seconds)
             settle(now)
@@ -136,6 +135,12 @@ def simulate(
         steady_pass_seconds=steady,
         total_seconds=ends[-1] + steady * (problem.num_passes - len(ends)),
     )
+
+
+def _part_streamed(reads: Sequence[Sequence[int]], resident: Sequence[Set[int]]) -> float:
+    """Of the bytes of a pass, those that do not stay."""
+    kept = sum(reads[block][load] for block, loads in enumerate(resident[: len(reads)]) for load in loads)
+    return 1.0 - kept / max(1, sum(map(sum, reads)))
 
 
 def _unpack_seconds(unit: UnitCost) -> Sequence[float]:

@@ -51,8 +51,7 @@ class Problem:
             that the process takes; the last one holds for what comes after. On a virtual machine that can be
             more than reading the same bytes from disk, so that a single pass is fastest with little memory.
         num_cores: that Loading Agents unpack on, at most one each.
-        first_quiet, next_quiet: parts of the units' `first_seconds` and `next_seconds` that they take while nothing is
-            read.
+        quiet: part of the units' `next_seconds` that they take where no weights stream.
         unpacking_slows_compute: False where the seconds of units were measured while agents unpacked what they read;
             unpacking what stays packed always does.
     """
@@ -69,8 +68,7 @@ class Problem:
     preparing_bytes: int = 0
     touch_seconds_per_byte: Sequence[float] = ()
     num_cores: int = 1
-    first_quiet: float = 1.0
-    next_quiet: float = 1.0
+    quiet: float = 1.0
     unpacking_slows_compute: bool = True
 
 

@@ -152,7 +152,7 @@ def _finish(
     ]
     disk_seconds = sum(streamed) / bandwidth.bytes_per_second
     compute_seconds = sum(
-        unit.next_seconds * problem.next_quiet if problem.num_passes > 1 else unit.first_seconds * problem.first_quiet
+        unit.next_seconds * problem.quiet if problem.num_passes > 1 else unit.first_seconds
         for unit in problem.units[: problem.num_in_pass]
     )
     ring_used = layout.ring_bytes if streamed or packed else 0

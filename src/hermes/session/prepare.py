@@ -193,8 +193,7 @@ class Prepared:
             preparing_bytes=self.preparing_bytes,
             touch_seconds_per_byte=profile.touch_seconds_per_byte,
             num_cores=torch.get_num_threads(),
-            first_quiet=profile.quiet_share(prompt_tokens),
-            next_quiet=profile.quiet_share(workload.batch_size if workload.max_new_tokens else prompt_tokens),
+            quiet=profile.quiet_share(workload.batch_size if workload.max_new_tokens else prompt_tokens),
             unpacking_slows_compute=not profile.measured,
         )
 
