@@ -52,6 +52,7 @@ def disk_number(disk: str) -> float:
     return float("inf") if disk == "free" else float(disk)
 
 
+PIPESWITCH = ("pipeswitch-torch", "pipeswitch-safetensors")
 PACKED = (
     ("llama-3b", "3GiB", "hermes", 1.5), ("llama-3b", "3GiB", "llama.cpp", 3.0), ("llama-3b", "100", "llama.cpp", 1.0),
     ("gpt-j-6b", "4GiB", "hermes", 1.0), ("gpt-j-6b", "4GiB", "accelerate", 3.0),
@@ -88,10 +89,10 @@ def targets(rows: Rows, batch: list[Row], predictions: list[Row]) -> list[str]:
             if ours and theirs["cap"] != "100":
                 line("forward, accelerate", place(ours), ratio(theirs, ours, "steady_seconds"), 2.5)
     for model in MODELS:
-        theirs = rows.one(model=model, peer="pipeswitch-torch", cap="100", disk="free")
+        ports = [rows.one(model=model, peer=peer, cap="100", disk="free") for peer in PIPESWITCH]
         ours = rows.one(model=model, peer="hermes", cap="100", disk="free")
-        if theirs and ours:
-            line("all resident: not slower than PipeSwitch", place(ours), ratio(theirs, ours, "steady_seconds"), 1.0)
+        if ours and (ratios := [ratio(port, ours, "steady_seconds") for port in ports if port]):
+            line("all resident: not slower than PipeSwitch, the faster port", place(ours), min(ratios), 1.0)
     for row in batch:
         if "outputs" in row:
             share = median(row["resident"], "seconds") / median(row["streamed"], "seconds")
