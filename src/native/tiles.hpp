@@ -1,4 +1,5 @@
-// What products with plain and with packed rows share: rows dealt out to threads, and sums that become bf16.
+// What products with plain and with packed rows share: rows dealt out to threads, elements unpacked, words turned,
+// products added, and sums that become bf16.
 #pragma once
 
 #include <algorithm>
