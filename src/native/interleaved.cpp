@@ -87,24 +87,25 @@ bool dot(const Product& p, Interleaved& rows, Ahead& ahead, size_t token, size_t
   for (int t = 0; t < Tokens; ++t) x[t] = p.x + (token + t) * p.columns * 2;
   __m512 sum[Tokens], total[Tokens];
   const __m512i base = _mm512_set1_epi8(char(rows.base));
-  const u8* escapes = rows.escapes;
+  // Of its own, as what `rows` points to might be the sums for all that the compiler knows.
+  const u8 *codes = rows.codes, *rest = rows.rest, *escapes = rows.escapes;
   const bool has_room = rows.has_room;
   for (size_t from = 0; from < p.columns; from += p.block) {
     const size_t to = std::min(from + p.block, p.columns);
     for (int t = 0; t < Tokens; ++t) sum[t] = _mm512_setzero_ps();
     for (size_t c = from; c < to; c += 16) {
       ahead.fetch<6>(FOUR_BLOCKS_BYTES);
-      if (size_t(rows.end - escapes) < 4 * BLOCK && count_escapes(rows.codes, 4) > size_t(rows.end - escapes)) return false;
+      if (size_t(rows.end - escapes) < 4 * BLOCK && count_escapes(codes, 4) > size_t(rows.end - escapes)) return false;
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i, rows.codes += CODE_BYTES, rows.rest += BLOCK) {
-        const Halves pairs = join(exponents(base, rows.codes, escapes, has_room), load64(rows.rest));
+      for (int i = 0; i < 4; ++i, codes += CODE_BYTES, rest += BLOCK) {
+        const Halves pairs = join(exponents(base, codes, escapes, has_room), load64(rest));
         add_products<Tokens>(pairs.first, x, (c + 4 * i) * 2, sum);
         add_products<Tokens>(pairs.second, x, (c + 4 * i + 2) * 2, sum);
       }
     }
     for (int t = 0; t < Tokens; ++t) total[t] = from ? _mm512_add_ps(total[t], sum[t]) : sum[t];
   }
-  rows.escapes = escapes;
+  rows.codes = codes, rows.rest = rest, rows.escapes = escapes;
   for (int t = 0; t < Tokens; ++t) write_sums(p, total[t], token + t, row, GROUP_ROWS);
   return true;
 }
