@@ -1,34 +1,22 @@
 // x86 with AVX-512 as in Ice Lake and Zen 4: a block at a time, its codes loaded as masks.
-#include "codec.hpp"
+#include "avx512.hpp"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-HERMES_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,bmi,bmi2,popcnt")
+HERMES_TARGET_BEGIN(HERMES_AVX512)
 
 namespace hermes {
 namespace {
 
-inline __m512i load64(const u8* at) { return _mm512_loadu_si512(at); }
 inline void store64(u8* at, __m512i value) { _mm512_storeu_si512(at, value); }
 
-// 64 elements of 16 bits, in order, from their lower and upper bytes.
-struct Pair {
-  __m512i first, second;
-};
-inline Pair zip8(__m512i low, __m512i high) {
-  const __m512i a = _mm512_unpacklo_epi8(low, high), b = _mm512_unpackhi_epi8(low, high);
+// 64 words as they follow each other.
+inline Halves in_order(Halves v) {
   const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  return {_mm512_permutex2var_epi64(a, front, b), _mm512_permutex2var_epi64(a, back, b)};
+  return {_mm512_permutex2var_epi64(v.first, front, v.second), _mm512_permutex2var_epi64(v.first, back, v.second)};
 }
-inline Pair zip16(__m512i low, __m512i high) {
-  const __m512i a = _mm512_unpacklo_epi16(low, high), b = _mm512_unpackhi_epi16(low, high);
-  const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  return {_mm512_permutex2var_epi64(a, front, b), _mm512_permutex2var_epi64(a, back, b)};
-}
-
-inline __m512i plus(__m512i to, const u8* mask, int weight) {
-  return _mm512_mask_add_epi8(to, load<u64>(mask), to, _mm512_set1_epi8(char(weight)));
+inline Halves zip8(__m512i low, __m512i high) { return in_order(join_bytes(low, high)); }
+inline Halves zip16(__m512i low, __m512i high) {
+  return in_order({_mm512_unpacklo_epi16(low, high), _mm512_unpackhi_epi16(low, high)});
 }
 
 // The same to whole lines of memory that no cache holds nor shall: they are not read before they are written.
@@ -42,7 +30,7 @@ inline void put64(u8* at, __m512i value) {
 
 template <Encoding E, bool STREAM>
 bool blocks(Planes& p, size_t first, size_t count, u8* out) {
-  const __m512i base = _mm512_set1_epi8(char(p.base)), sign = _mm512_set1_epi8(char(0x80));
+  const __m512i base = _mm512_set1_epi8(char(p.base));
   const u8* escapes = p.escapes;
   for (size_t block = first; block < first + count; ++block) {
     const u8* codes = p.codes + CODE_BYTES * block;
@@ -50,31 +38,20 @@ bool blocks(Planes& p, size_t first, size_t count, u8* out) {
     // One core alone does not keep enough reads of memory under way; this chunk was fetched with the one before it.
     _mm_prefetch(reinterpret_cast<const char*>(codes + p.ahead), _MM_HINT_T1);
     _mm_prefetch(reinterpret_cast<const char*>(p.rest + BLOCK * block + p.ahead), _MM_HINT_T1);
-    const u64 escaped = p.escaped(block);
-    const unsigned number = unsigned(_mm_popcnt_u64(escaped));
-    if (size_t(p.end - escapes) < number) return false;
-    __m512i exponent = plus(plus(plus(base, codes, 1), codes + 8, 2), codes + 16, 4);
-    // A masked load does not touch what its mask leaves out; a plain one is faster, where it may.
-    const __m512i stored = size_t(p.readable - escapes) >= 64
-                               ? load64(escapes)
-                               : _mm512_maskz_loadu_epi8(_bzhi_u64(~u64{0}, number), escapes);
-    exponent = _mm512_mask_expand_epi8(exponent, escaped, stored);
-    escapes += number;
+    if (size_t(p.end - escapes) < size_t(_mm_popcnt_u64(p.escaped(block)))) return false;
+    const __m512i exponent = exponents(base, codes, escapes, size_t(p.readable - escapes) >= 64);
     const __m512i rest = load64(p.rest + BLOCK * block);
     if constexpr (E == F16) {
       const __m512i shifted = _mm512_and_si512(_mm512_slli_epi16(exponent, 2), _mm512_set1_epi8(0x7C));
       const __m512i high = plus(plus(plus(shifted, bits, 1), bits + 8, 2), bits + 16, 0x80);
-      const Pair words = zip8(rest, high);
+      const Halves words = zip8(rest, high);
       put64<STREAM>(out, words.first), put64<STREAM>(out + 64, words.second);
     } else {
-      // Where the first operand has a bit the second's, else the third's.
-      const __m512i high = _mm512_ternarylogic_epi64(sign, rest, _mm512_srli_epi16(exponent, 1), 0xCA);
-      const __m512i low = _mm512_ternarylogic_epi64(sign, _mm512_slli_epi16(exponent, 7), rest, 0xCA);
-      const Pair top = zip8(low, high);
+      const Halves top = in_order(join(exponent, rest));
       if constexpr (E == BF16) {
         put64<STREAM>(out, top.first), put64<STREAM>(out + 64, top.second);
       } else {
-        Pair below = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+        Halves below = {_mm512_setzero_si512(), _mm512_setzero_si512()};
         if constexpr (E == F32) {
           const u8* from = p.low + 2 * BLOCK * block;
           below = {load64(from), load64(from + 64)};
@@ -82,7 +59,7 @@ bool blocks(Planes& p, size_t first, size_t count, u8* out) {
           below = zip8(_mm512_setzero_si512(),
                        plus(plus(plus(_mm512_setzero_si512(), bits, 0x20), bits + 8, 0x40), bits + 16, 0x80));
         }
-        const Pair a = zip16(below.first, top.first), b = zip16(below.second, top.second);
+        const Halves a = zip16(below.first, top.first), b = zip16(below.second, top.second);
         put64<STREAM>(out, a.first), put64<STREAM>(out + 64, a.second), put64<STREAM>(out + 128, b.first), put64<STREAM>(out + 192, b.second);
       }
     }

@@ -49,6 +49,9 @@ inline void store(u8* to, T value) {
 // What one word adds to the checksum.
 inline u64 term(u64 word, u64 key) { return u64(u32(word) + u32(key)) * u32(u32(word >> 32) + u32(key >> 32)); }
 
+// Which elements of a block have no code but an escape: those of which all three bits are set.
+inline u64 escaped_in(const u8* codes) { return load<u64>(codes) & load<u64>(codes + 8) & load<u64>(codes + 16); }
+
 // Where the planes of one chunk begin. `escapes` moves on as blocks are decoded in order, up to `end`; what lies behind
 // may be read, up to `readable`, and the next chunk's planes are `ahead` of these. With `streams`, what is decoded is
 // more than caches keep, and had better go around them.
@@ -58,10 +61,7 @@ struct Planes {
   u8 base;
   bool streams;
 
-  u64 escaped(size_t block) const {
-    const u8* at = codes + CODE_BYTES * block;
-    return load<u64>(at) & load<u64>(at + 8) & load<u64>(at + 16);
-  }
+  u64 escaped(size_t block) const { return escaped_in(codes + CODE_BYTES * block); }
 };
 
 // One element from its exponent: what vector paths do for those that escaped, and the portable one for all.

@@ -110,9 +110,6 @@ bool dot(const Product& p, Interleaved& rows, Ahead& ahead, size_t token, size_t
   return true;
 }
 
-using Dot = bool (*)(const Product&, Interleaved&, Ahead&, size_t, size_t);
-constexpr Dot dots[] = {dot<1>, dot<2>, dot<3>, dot<4>, dot<5>, dot<6>, dot<7>, dot<8>};
-
 }  // namespace
 
 void interleave(const Matrix& m, u8* chunks, u8* scratch) {
@@ -149,12 +146,13 @@ bool find_interleaved(const Matrix& m, size_t from, size_t to, Interleaved& rows
 
 bool multiply_group(const Product& p, Interleaved& rows, Ahead& ahead, size_t row) {
   Interleaved after = rows;
-  for (size_t token = 0; token < p.tokens; token += MOST_TOKENS) {
+  bool is_whole = true;
+  by_tokens(p.tokens, [&](auto tokens, size_t first) {
     after = rows;
-    if (!dots[std::min(p.tokens - token, MOST_TOKENS) - 1](p, after, ahead, token, row)) return false;
-  }
+    is_whole = is_whole && dot<tokens>(p, after, ahead, first, row);
+  });
   rows = after;
-  return true;
+  return is_whole;
 }
 
 bool unpack_group(size_t columns, Interleaved& rows, size_t skip, size_t count, u8* target) {

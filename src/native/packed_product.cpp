@@ -200,9 +200,6 @@ void dot(const Product& p, const Matrix& m, Row (&rows)[GROUP_ROWS], bool has_ro
   for (int t = 0; t < Tokens; ++t) write_sums(p, total[t], token + t, row, count);
 }
 
-using Dot = void (*)(const Product&, const Matrix&, Row (&)[GROUP_ROWS], bool, Ahead&, size_t, size_t, size_t);
-constexpr Dot dots[] = {dot<1>, dot<2>, dot<3>, dot<4>, dot<5>, dot<6>, dot<7>, dot<8>};
-
 }  // namespace
 
 Result multiply(const Product& p, const Matrix& m, unsigned threads) {
@@ -221,11 +218,11 @@ Result multiply(const Product& p, const Matrix& m, unsigned threads) {
       Row begin[GROUP_ROWS];
       for (size_t i = 0; i < GROUP_ROWS; ++i) begin[i] = i < count ? walk.next() : begin[i - 1];
       if (const Result result = walk.result(); result.fault != Fault::NONE) return result;
-      for (size_t token = 0; token < p.tokens; token += MOST_TOKENS) {
+      by_tokens(p.tokens, [&](auto tokens, size_t first) {
         Row rows[GROUP_ROWS];
         std::copy(begin, begin + GROUP_ROWS, rows);
-        dots[std::min(p.tokens - token, MOST_TOKENS) - 1](p, m, rows, walk.has_room(), ahead, token, row, count);
-      }
+        dot<tokens>(p, m, rows, walk.has_room(), ahead, first, row, count);
+      });
     }
     return {Fault::NONE, 0};
   });

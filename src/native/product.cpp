@@ -39,9 +39,8 @@ namespace {
 Result unpack_chunks(const Matrix& m, size_t begin, size_t end, u8* target) {
   const size_t first = m.skip + begin * m.columns, chunk = first / CHUNK_ELEMENTS;
   const u32 number = m.number + u32(chunk);
-  if (chunk + 1 >= m.num_places) return {Fault::TRUNCATED, number};
-  const size_t at = size_t(m.places[chunk] - m.places[0]);
-  if (at > m.bytes) return {Fault::TRUNCATED, number};
+  size_t at;
+  if (!m.find(chunk, at)) return {Fault::TRUNCATED, number};
   return decode(best_path(), m.chunks + at, m.bytes - at, target, (end - begin) * m.columns * 2, 2, number,
                 first % CHUNK_ELEMENTS, true);
 }
@@ -92,9 +91,6 @@ void dot(const Product& p, const u8* rows, Ahead& ahead, size_t token, size_t ro
   for (int t = 0; t < Tokens; ++t) write_sums(p, total[t], token + t, row, GROUP_ROWS);
 }
 
-using Dot = void (*)(const Product&, const u8*, Ahead&, size_t, size_t);
-constexpr Dot dots[] = {dot<1>, dot<2>, dot<3>, dot<4>, dot<5>, dot<6>, dot<7>, dot<8>};
-
 }  // namespace
 
 bool can_multiply() {
@@ -105,8 +101,9 @@ bool can_multiply() {
 void multiply(const Product& p, const u8* weights, size_t rows, unsigned threads) {
   over_tiles(0, rows, GROUP_ROWS, threads, [&](size_t row, size_t, size_t next) -> Result {
     Ahead ahead{weights + std::min(next, rows - GROUP_ROWS) * p.columns * 2};
-    for (size_t token = 0; token < p.tokens; token += MOST_TOKENS)
-      dots[std::min(p.tokens - token, MOST_TOKENS) - 1](p, weights + row * p.columns * 2, ahead, token, row);
+    by_tokens(p.tokens, [&](auto tokens, size_t first) {
+      dot<tokens>(p, weights + row * p.columns * 2, ahead, first, row);
+    });
     return {Fault::NONE, 0};
   });
 }

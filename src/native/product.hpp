@@ -17,11 +17,17 @@ struct Matrix {
   u32 number;
   size_t skip, rows, columns;
 
-  // The chunk so many behind the first, with every check but that of its checksum.
+  // Where the chunk so many behind the first begins, after so many of the bytes; false if there is none.
+  bool find(size_t index, size_t& at) const {
+    if (index + 1 >= num_places) return false;
+    at = size_t(places[index] - places[0]);
+    return at <= bytes;
+  }
+
+  // That chunk, with every check but that of its checksum.
   Fault open(size_t index, Chunk& chunk) const {
-    if (index + 1 >= num_places) return Fault::TRUNCATED;
-    const size_t at = size_t(places[index] - places[0]);
-    return at > bytes ? Fault::TRUNCATED : open_chunk(chunks + at, bytes - at, 2, number + u32(index), chunk);
+    size_t at;
+    return find(index, at) ? open_chunk(chunks + at, bytes - at, 2, number + u32(index), chunk) : Fault::TRUNCATED;
   }
 };
 

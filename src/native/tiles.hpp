@@ -4,12 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
+#include "avx512.hpp"
 #include "product.hpp"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace hermes {
 
@@ -42,11 +40,9 @@ Result over_tiles(size_t begin, size_t end, size_t rows, unsigned threads, Work 
 }
 
 #if defined(__x86_64__)
-#define HERMES_BF16_PRODUCTS "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,bmi,bmi2,popcnt"
+#define HERMES_BF16_PRODUCTS HERMES_AVX512 ",avx512bf16"
 
 HERMES_TARGET_BEGIN(HERMES_BF16_PRODUCTS)
-
-inline __m512i load64(const u8* at) { return _mm512_loadu_si512(at); }
 
 // 16 rows of 16 words each turned: word r of v[c] becomes word c of v[r].
 inline void turn(__m512i v[16]) {
@@ -77,34 +73,26 @@ inline void turn(__m512i v[16]) {
 
 inline size_t count_escapes(const u8* codes, size_t blocks) {
   size_t even = 0, odd = 0;
-  const auto of = [](const u8* at) { return size_t(_mm_popcnt_u64(load<u64>(at) & load<u64>(at + 8) & load<u64>(at + 16))); };
+  const auto of = [](const u8* at) { return size_t(_mm_popcnt_u64(escaped_in(at))); };
   for (; blocks >= 2; blocks -= 2, codes += 2 * CODE_BYTES) even += of(codes), odd += of(codes + CODE_BYTES);
   return even + odd + (blocks ? of(codes) : 0);
 }
 
-// Exponents of 64 packed elements, from the codes at `codes` and the escapes at `escapes`, which move on. Those are read
-// with what lies behind them where there `has_room` for that, which is faster.
-inline __m512i exponents(__m512i base, const u8* codes, const u8*& escapes, bool has_room) {
-  const auto plus = [](__m512i to, const u8* mask, int weight) {
-    return _mm512_mask_add_epi8(to, load<u64>(mask), to, _mm512_set1_epi8(char(weight)));
-  };
-  const u64 escaped = load<u64>(codes) & load<u64>(codes + 8) & load<u64>(codes + 16);
-  const unsigned number = unsigned(_mm_popcnt_u64(escaped));
-  const __m512i stored = has_room ? load64(escapes) : _mm512_maskz_loadu_epi8(_bzhi_u64(~u64{0}, number), escapes);
-  escapes += number;
-  return _mm512_mask_expand_epi8(plus(plus(plus(base, codes, 1), codes + 8, 2), codes + 16, 4), escaped, stored);
-}
-
-// 64 elements from their exponents, and signs with mantissas: the first eight of each lane, and the other eight.
-struct Halves {
-  __m512i first, second;
-};
-inline Halves join(__m512i exponent, __m512i rest) {
-  const __m512i sign = _mm512_set1_epi8(char(0x80));
-  // Where the first operand has a bit the second's, else the third's.
-  const __m512i high = _mm512_ternarylogic_epi64(sign, rest, _mm512_srli_epi16(exponent, 1), 0xCA);
-  const __m512i low = _mm512_ternarylogic_epi64(sign, _mm512_slli_epi16(exponent, 7), rest, 0xCA);
-  return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+// `work(n, first)` for so many tokens at a time, `n` a constant.
+template <class Work>
+void by_tokens(size_t tokens, Work work) {
+  for (size_t first = 0; first < tokens; first += MOST_TOKENS) {
+    switch (std::min(tokens - first, MOST_TOKENS)) {
+      case 1: work(std::integral_constant<int, 1>{}, first); break;
+      case 2: work(std::integral_constant<int, 2>{}, first); break;
+      case 3: work(std::integral_constant<int, 3>{}, first); break;
+      case 4: work(std::integral_constant<int, 4>{}, first); break;
+      case 5: work(std::integral_constant<int, 5>{}, first); break;
+      case 6: work(std::integral_constant<int, 6>{}, first); break;
+      case 7: work(std::integral_constant<int, 7>{}, first); break;
+      default: work(std::integral_constant<int, 8>{}, first);
+    }
+  }
 }
 
 // Two columns of 16 rows with those of each token, which begin at x[t] + `offset`.

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hermes.checkpoint.pack import pack
 from hermes.checkpoint.synth import synth
 from hermes.memory.probe import num_cores, resident_bytes
 from hermes.memory.warm import CHUNK_BYTES, Warmed
@@ -35,6 +36,13 @@ def test_never_more_than_the_preparations_leave(gpt2, monkeypatch):
 def test_never_more_than_the_weights(gpt2, monkeypatch):
     weights = sum(path.stat().st_size for path in gpt2.glob("*.safetensors"))
     assert 0 < asked_of(monkeypatch, gpt2, None, 2**40, MANY) <= weights
+
+
+def test_never_more_than_what_is_left_of_packed_weights(tmp_path, monkeypatch):
+    synth("tiny-llama", tmp_path / "model", dtype="bfloat16")
+    pack(tmp_path / "model", tmp_path / "packed")
+    weights = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
+    assert 0 < asked_of(monkeypatch, tmp_path / "packed", None, 2**40, MANY) <= weights
 
 
 def test_cheap_as_far_as_it_came():

@@ -25,7 +25,9 @@ SAMPLE_BYTES = 16 * MIB
 
 def start_warm_up(model: str | Path, revision: str | None, budget_bytes: int, workload: Workload) -> WarmUp:
     """Of what the weights will take at most, and only as far as the preparations leave the budget free."""
-    weight_bytes = open_checkpoint(resolve_model(model, revision=revision)).nbytes
+    checkpoint = open_checkpoint(resolve_model(model, revision=revision))
+    # What is packed stays so, and files are then smaller than what is in them.
+    weight_bytes = min(checkpoint.nbytes, sum(file.nbytes for file in checkpoint.files))
     preparing_bytes = max(LEAST_BYTES, resident_bytes() + PREPARING_BYTES)
     wanted_bytes = min(weight_bytes, ONE_PASS_BYTES) if workload.num_passes == 1 else weight_bytes
     return WarmUp(max(0, min(wanted_bytes, memory_limit(budget_bytes) - preparing_bytes)))
