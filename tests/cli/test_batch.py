@@ -145,4 +145,5 @@ def test_every_record_is_in_one_batch(lengths, batch_size, batch_tokens):
         longest = max(lengths[index] for index in batch)
         assert batch_size is None or len(batch) <= batch_size
         assert batch_tokens is None or len(batch) == 1 or len(batch) * longest <= batch_tokens
-    assert [lengths[batch[0]] for batch in batches] == sorted((lengths[b[0]] for b in batches), reverse=True)
+    padded = [len(batch) * lengths[batch[0]] for batch in batches]
+    assert padded == sorted(padded, reverse=True)

@@ -201,3 +201,17 @@ def test_config_is_left_alone(checkpoints: dict[str, Path]) -> None:
         assert isinstance(model, hf.GPT2LMHeadModel)
         saved = json.loads((checkpoints["gpt2"] / "config.json").read_text())
         assert model.config.n_layer == saved["n_layer"]
+
+
+@pytest.mark.parametrize(("apart", "at_a_time"), [(0, 1), (0, 2**22), (2**15, 1), (2**15, 2**22)])
+def test_rows_of_embeddings_near_each_other_and_apart(
+    apart: int, at_a_time: int, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hermes.model.binding.ROWS_APART_BYTES", apart)
+    monkeypatch.setattr("hermes.model.binding.ROWS_AT_A_TIME_BYTES", at_a_time)
+    family, path = FAMILIES["bert"], checkpoints["bert"]
+    ids = torch.tensor([[299, 0, 7, 8, 8, 120, 64, 1]])
+    with torch.no_grad():
+        expected = bits(family.model.from_pretrained(path)(input_ids=ids))
+        with hermes.load(path, budget=budget(), auto_class=family.model, sequence_length=8) as model:
+            assert all(torch.equal(a, b) for a, b in zip(bits(model(input_ids=ids)), expected, strict=True))

@@ -165,6 +165,7 @@ def _open(
             sequence_length=max(lengths),
             max_new_tokens=work.new_tokens,
             num_forwards=len(batches),
+            varies=len(batches) > 1,
         )
         try:
             return *_model(directory, work.task, workload, budget_bytes, dtype, trust_remote_code, choices), batches

@@ -6,6 +6,7 @@ leaves its fast path, and its bits, when it sees a hook.
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -20,10 +21,12 @@ from hermes.model.quantized import QuantizedRows
 from hermes.model.units import Partition, Unit
 from hermes.pipeload import Load, Place
 
-__all__ = ["Binding", "BlockSource"]
+__all__ = ["Binding", "BlockSource", "runs_of"]
 
 ROWS_AT_A_TIME_BYTES = 4 * 2**20
 """Memory that row-wise lookups pass through."""
+ROWS_APART_BYTES = 32 * 2**10
+"""Rows with no more than this between them are read together: that costs less than a read more, from 250 MB/s on."""
 
 
 class BlockSource(Protocol):
@@ -264,31 +267,44 @@ class Binding:
         return forward
 
     def _read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """The given rows (sorted, distinct) of a parameter, in order; runs of neighbours come in one read."""
+        """The given rows (sorted, distinct) of a parameter, in order; those near each other come in one read."""
         table = self._factory.empty_rows(name, len(rows))
+        if not table.numel():
+            return table
+        wanted = table.view(torch.uint8).view(len(rows), -1)
+        row_bytes = wanted.shape[1]
+        runs = runs_of(rows, apart=ROWS_APART_BYTES // row_bytes, most=max(1, ROWS_AT_A_TIME_BYTES // row_bytes))
         buffer: Arena | None = None
-        start = 0
-        while start < len(rows):
-            loads: list[tuple[Load, int, int]] = []  # load, its slot, its first row in the table
+        while runs:
+            loads: list[tuple[Load, int, range]] = []  # load, its slot, which of the wanted rows it brings
             used = 0
-            while start < len(rows) and (used < ROWS_AT_A_TIME_BYTES or not loads):
-                end = start + 1
-                limit = max(1, ROWS_AT_A_TIME_BYTES // (table.stride(0) * table.element_size()))
-                while end < len(rows) and rows[end] == rows[end - 1] + 1 and end - start < limit:
-                    end += 1
-                load = self._factory.rows(name, rows[start], rows[end - 1] + 1)
-                loads.append((load, used, start))
+            while runs and (used < ROWS_AT_A_TIME_BYTES or not loads):
+                run = runs.popleft()
+                load = self._factory.rows(name, rows[run[0]], rows[run[-1]] + 1)
+                loads.append((load, used, run))
                 used += load.slot_bytes
-                start = end
             if buffer is None or buffer.nbytes < used:
                 buffer = Arena(used)
             self._source.fetch([(load, buffer.view[slot : slot + load.slot_bytes]) for load, slot, _ in loads])
             flat = torch.frombuffer(buffer.view, dtype=torch.uint8)
-            for load, slot, first in loads:
+            for load, slot, run in loads:
                 begin = slot + load.data_offset
-                target = table[first : first + load.nbytes // (table.stride(0) * table.element_size())]
-                target.view(torch.uint8).view(-1).copy_(flat[begin : begin + load.nbytes])
+                read = flat[begin : begin + load.nbytes].view(-1, row_bytes)
+                places = torch.tensor([rows[index] - rows[run[0]] for index in run])
+                torch.index_select(read, 0, places, out=wanted[run[0] : run[-1] + 1])
         return table
+
+
+def runs_of(rows: Sequence[int], *, apart: int, most: int) -> deque[range]:
+    """Indices of rows (sorted, distinct) in runs: so many at most between two rows, and no more from first to last."""
+    runs: deque[range] = deque()
+    for index, row in enumerate(rows):
+        first = rows[runs[-1][0]] if runs else row
+        if runs and row - rows[index - 1] - 1 <= apart and row - first < most:
+            runs[-1] = range(runs[-1][0], index + 1)
+        else:
+            runs.append(range(index, index + 1))
+    return runs
 
 
 def _storage(arena: Arena) -> torch.UntypedStorage:

@@ -12,6 +12,10 @@ packing buffers inside kernels, Python objects of a run."""
 HEAP_OF_ACTIVATIONS = 1.5
 """Bytes of heap for each byte of live activations: holes between buffers, which stay (`hold_heap`), and what kernels
 pack their operands into. BERT-large took 1.4 over 2,000 tokens."""
+HEAP_OF_VARYING_ACTIVATIONS = 2.5
+"""The same where each pass has another shape: buffers a little larger or smaller than before leave holes that nothing
+fits. BERT-large took 2.4 over batches of 1,900 to 2,048 tokens, MiniLM 2.8; given back in between, they cost page
+faults (a twelfth of MiniLM's throughput)."""
 UNTRACED_HEAP_BYTES = 64 * 2**20
 """Activations of a module that could not be traced, until its first pass has shown otherwise."""
 LOGITS_COPIES = 4
@@ -27,12 +31,14 @@ class Workload:
         sequence_length: tokens of each text, or of each prompt.
         max_new_tokens: tokens generated after the prompt; 0 for a model that does not generate.
         num_forwards: such a model's forward passes over inputs of this shape.
+        varies: this shape is the largest of several.
     """
 
     batch_size: int = 1
     sequence_length: int = 128
     max_new_tokens: int = 0
     num_forwards: int = 1
+    varies: bool = False
 
     @property
     def num_passes(self) -> int:
@@ -60,5 +66,6 @@ def heap_bytes(workload: Workload, trace: Trace | None, *, vocabulary_size: int,
         trace.cache_bytes * length // max(1, workload.sequence_length) if workload.max_new_tokens else trace.cache_bytes
     )
     scores = LOGITS_COPIES * 4 * workload.batch_size * vocabulary_size if workload.max_new_tokens else 0
-    activations = int(HEAP_OF_ACTIVATIONS * (trace.peak_bytes - trace.cache_bytes))
+    share = HEAP_OF_VARYING_ACTIVATIONS if workload.varies else HEAP_OF_ACTIVATIONS
+    activations = int(share * (trace.peak_bytes - trace.cache_bytes))
     return activations + cache + scores + row_buffer_bytes + HEAP_SLACK_BYTES

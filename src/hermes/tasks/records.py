@@ -61,7 +61,10 @@ def _record(line: str, index: int, place: str) -> Record:
 def make_batches(
     lengths: Sequence[int], *, batch_size: int | None = None, batch_tokens: int | None = None
 ) -> list[list[int]]:
-    """Indices in batches of records of like length, longest first, so that what does not fit fails at once.
+    """Indices in batches of records of like length, the largest batch first.
+
+    What does not fit fails at once then, and buffers that grew from one batch to the next would fit no hole that the
+    one before left in the heap: 33 batches of 2,000 tokens each a little larger made 34 MiB of activations 250 of heap.
 
     A batch has `batch_size` records at most, and, padded to its longest, `batch_tokens` tokens (but one record at
     least).
@@ -79,7 +82,7 @@ def make_batches(
             batches.append([index])
         else:
             batch.append(index)
-    return batches
+    return sorted(batches, key=lambda batch: -len(batch) * lengths[batch[0]])
 
 
 class Journal:
