@@ -72,7 +72,10 @@ def choice(name: str, budget: str) -> list[dict]:
 
     def seconds(arguments: tuple[str, ...]) -> tuple[float, str] | None:
         run = one_run(PEERS["hermes"], model, parse_bytes(budget), "free", *arguments)
-        return None if "error" in run else (sum(run["pass_seconds"]), plan_of(run))
+        if "error" in run:
+            print(name, budget, *arguments, run["error"], flush=True)
+            return None
+        return sum(run["pass_seconds"]), plan_of(run)
 
     tried: dict[tuple[str, ...], tuple[float, str]] = {}
     for granularity in GRANULARITIES:

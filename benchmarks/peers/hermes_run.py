@@ -17,7 +17,7 @@ from work import ENCODER_TOKENS, NEW_TOKENS, PROMPT_TOKENS, Work, report  # noqa
 
 import hermes  # noqa: E402
 import hermes.api  # noqa: E402
-import hermes.plan.search  # noqa: E402
+from hermes.plan import search  # noqa: E402
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     if len(sys.argv) > 4:
         granularity, agents, window = sys.argv[4:]
         choices = {"granularity": granularity, "num_agents": int(agents)}
-        hermes.plan.search.WINDOW_LADDER = (float(window),)
+        search.WINDOW_LADDER = (float(window),)
     torch.set_grad_enabled(False)
     start = time.perf_counter()
     module = hermes.load(
