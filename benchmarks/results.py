@@ -143,7 +143,8 @@ def batch_table(rows: list[Row]) -> list[str]:
         "`python benchmarks/batch.py`: sentences of Python's language reference, 3 to 100 words, embedded by `hermes "
         "run --input`, in a memory cgroup of the budget; *resident* is the same command with `--resident`, uncapped. "
         "The budget is a third of the resident process's peak, or the smallest that works where that is more. Seconds "
-        "are of the sweeps; the model is read in both cases before.",
+        "are of the sweeps; the model is read in both cases before. Outputs differ by rounding where the budget made "
+        "batches smaller: kernels round by the number of rows.",
         "",
         "| model | sentences | tokens | budget | of resident memory | peak | resident, tokens/s | streamed, tokens/s "
         "| of resident throughput | outputs | source |",
