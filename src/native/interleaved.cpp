@@ -87,7 +87,7 @@ bool dot(const Product& p, Interleaved& rows, Ahead& ahead, size_t token, size_t
   for (int t = 0; t < Tokens; ++t) x[t] = p.x + (token + t) * p.columns * 2;
   __m512 sum[Tokens], total[Tokens];
   const __m512i base = _mm512_set1_epi8(char(rows.base));
-  // Of its own, as what `rows` points to might be the sums for all that the compiler knows.
+  // Copies stay in registers; through the reference they would be stored and loaded again at every block.
   const u8 *codes = rows.codes, *rest = rows.rest, *escapes = rows.escapes;
   const bool has_room = rows.has_room;
   for (size_t from = 0; from < p.columns; from += p.block) {
