@@ -114,10 +114,11 @@ def test_smallest_budget_in_the_message_works(gpt2):
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    """A run that has said its first text."""
+    """A run that has said its first text; with Ctrl-C as in a terminal, wherever these tests run."""
     process = subprocess.Popen(
         [sys.executable, "-m", "hermes", "run", *map(str, arguments)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout.read(1)
     return process
