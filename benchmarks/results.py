@@ -65,7 +65,7 @@ def targets(rows: Rows, batch: list[Row], predictions: list[Row]) -> list[str]:
     lines = [
         "## Against the targets",
         "",
-        "*Possible*: a pass of Hermes at its bound, all weights read at the disk's rate beside it or resident compute.",
+        "*Possible*: with Hermes's pass at its bound, what it reads at the disk's rate beside it or resident compute.",
         "",
         "| target | where | measured | asked | |",
         "|---|---|---|---|---|",
@@ -74,10 +74,10 @@ def targets(rows: Rows, batch: list[Row], predictions: list[Row]) -> list[str]:
     def line(
         target: str, where: str, measured: float, asked: float, unit: str = "x", possible: float | None = None
     ) -> None:
-        met = "met" if measured >= asked else "missed"
+        verdict = "met" if measured >= asked else "missed"
         if possible is not None and measured < asked:
-            met += f"; {possible:.2f}{unit} is possible"
-        lines.append(f"| {target} | {where} | {measured:.2f}{unit} | {asked:.2f}{unit} | {met} |")
+            verdict += f"; {possible:.2f}{unit} is possible"
+        lines.append(f"| {target} | {where} | {measured:.2f}{unit} | {asked:.2f}{unit} | {verdict} |")
 
     for row in sorted(rows.where(peer="hermes"), key=lambda r: (-disk_number(r["disk"]), MODELS.index(r["model"]))):
         share = rows.of_bound(row)
