@@ -1,6 +1,7 @@
 """The suite's rows, to be asked: which there are, their medians, ratios of medians, and the bound of a pass."""
 
 import json
+import statistics
 
 from conditions import DOCS, median
 
@@ -42,8 +43,24 @@ class Rows:
         """Share of max(bytes streamed / the disk's rate then, resident compute) that the steady pass reached."""
         if "steady_bytes" not in row["runs"][0]:
             return None
+        return self.bound_seconds(row) / median(row["runs"], "steady_seconds")
+
+    def bound_seconds(self, row: Row) -> float:
+        """Of a steady pass: the longer of reading and resident compute, as if neither slowed the other."""
         reading = median(row["runs"], "steady_bytes") / rate(row)
-        return max(reading, self.compute_seconds(row["model"]) or 0.0) / median(row["runs"], "steady_seconds")
+        return max(reading, self.compute_seconds(row["model"]) or 0.0)
+
+    def possible_of_bound(self, row: Row) -> float | None:
+        """Share of the bound that is left where the products of one token take memory from the disk's transfers.
+
+        While they run, which in a resident pass is all the time, the disk gives less; None where that is not measured.
+        """
+        resident = self.one(model=row["model"], peer="hermes", cap="100", disk="free")
+        if not row.get("rates_beside_memory") or resident is None:
+            return None
+        computing = median(resident["runs"], "steady_seconds")
+        left = median(row["runs"], "steady_bytes") - computing * statistics.median(row["rates_beside_memory"])
+        return min(1.0, self.bound_seconds(row) / (computing + max(0.0, left) / rate(row)))
 
 
 def above_floor(row: Row) -> float:

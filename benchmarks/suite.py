@@ -23,6 +23,7 @@ from comparators import HERE, PEERS, Peer, packed, prepare, python_of
 from conditions import (
     DISKS,
     DOCS,
+    ENCODERS,
     MODELS,
     ROOT,
     disk_rate,
@@ -30,6 +31,7 @@ from conditions import (
     evict,
     last_line,
     profile,
+    rate_beside_memory,
     taken,
     weight_bytes,
 )
@@ -115,9 +117,11 @@ def measure(
             floor = floor or floor_bytes(model)
             for cap, cap_bytes in caps_of(model, caps, floor).items():
                 found: dict[str, list[dict]] = {}
-                rates = []
+                rates, beside = [], []
                 for _ in range(samples):
                     rates.append(disk_rate(model, disk))
+                    if disk == "free" and name not in ENCODERS:
+                        beside.append(rate_beside_memory(model))
                     for peer in peers:
                         if name not in PEERS[peer].only or any("error" in run for run in found.get(peer, [])):
                             continue
@@ -135,7 +139,7 @@ def measure(
                     rows.append(
                         key | {
                             "cap_bytes": cap_bytes, "weight_bytes": weight_bytes(model), "disk_rates": rates,
-                            "taken": taken(), "runs": runs,
+                            "rates_beside_memory": beside, "taken": taken(), "runs": runs,
                         }
                     )  # fmt: skip
                 (DOCS / "results.json").write_text(json.dumps({"rows": rows}, indent=1))

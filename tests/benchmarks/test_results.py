@@ -77,7 +77,7 @@ def test_a_failed_row_is_shown_with_its_reason(results):
 
 def test_a_target_that_is_missed_says_so(results):
     rows = results.Rows([row("hermes", "25", steady_bytes=1e9), row("accelerate", "25", steady=2.0)])
-    lines = results.targets(rows, [], [])
+    lines = results.targets(rows, [], [], [])
     assert any("forward, accelerate" in line and "2.00x | 2.50x | missed" in line for line in lines)
 
 
@@ -96,3 +96,35 @@ def test_predictions_count_the_rows_within_reach(results):
     text = "\n".join(results.predictions_tables([grid(0.95), grid(0.5)]))
     assert "seconds within 10% in 1 of 2 rows" in text
     assert "peak within 5% in 2 of 2 rows" in text
+
+
+def test_what_a_decoder_can_reach_of_its_bound_counts_the_disk_slowed_by_its_products(results):
+    streamed = row("hermes", "25", model="llama-3b", steady=1.2, steady_bytes=2e9) | {"rates_beside_memory": [1e9]}
+    resident = row("hermes", "100", model="llama-3b", steady=0.4, steady_bytes=0)
+    rows = results.Rows([streamed, resident])
+    # 0.4 s at 1 GB/s, then 1.6 GB at 2 GB/s, where the bound is 2 GB at 2 GB/s.
+    assert rows.possible_of_bound(streamed) == pytest.approx(1.0 / 1.2)
+    assert rows.possible_of_bound(resident) is None
+
+
+def test_a_command_is_compared_with_importing_and_the_bound_of_a_pass(results):
+    shell = {
+        "kind": "shell", "model": "bert-large", "budget": "600MiB", "disk_rates": [2e9],
+        "runs": {"run": [4.0, 6.0, 5.0], "packages": [2.0, 2.0, 2.0], "classes": [4.0, 4.0, 4.0]},
+    }  # fmt: skip
+    drafted = {
+        text: {
+            way: [{"seconds": seconds, "passes": 4, "tokens": [1, 2]}]
+            for way, seconds in (("plain", 2.0), ("draft", s))
+        }
+        for text, s in (("does not repeat", 2.0), ("repeats", 0.5))
+    }
+    draft = {"kind": "draft", "model": "gpt2-medium", "budget": "1GiB",
+             "runs": {"sweeps": {"1": [1.0], "8": [1.1]}, **drafted}}  # fmt: skip
+    rows = results.Rows([row("baseline", "100", steady=1.0)])
+    text = "\n".join(results.targets(rows, [], [], [shell, draft]))
+    assert "importing (packages) and the bound, of hermes run | bert-large, 600MiB | 0.60 | 0.80 | missed" in text
+    assert "importing (classes) and the bound, of hermes run | bert-large, 600MiB | 1.00 | 0.80 | met" in text
+    assert "a sweep over 1 token, of one over 8 | gpt2-medium, 1GiB | 0.91 | 0.87 | met" in text
+    text = "\n".join(importlib.import_module("commands_table").commands_tables([shell, draft], rows))
+    assert "| 2.0 s, 4 sweeps | 2.0 s, 4 sweeps | 2.0 s, 4 sweeps | 0.5 s, 4 sweeps | yes |" in text
