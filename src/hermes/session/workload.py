@@ -6,7 +6,7 @@ from hermes.model.trace import Trace
 
 __all__ = ["HEAP_SLACK_BYTES", "UNTRACED_HEAP_BYTES", "Workload", "heap_bytes"]
 
-HEAP_SLACK_BYTES = 36 * 2**20
+HEAP_SLACK_BYTES = 30 * 2**20
 """For what no trace sees: code pages of kernels that were not run before (up to 20 MiB), the allocator's own rounding,
 packing buffers inside kernels, Python objects of a run."""
 HEAP_OF_ACTIVATIONS = 1.5
