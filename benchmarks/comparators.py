@@ -24,6 +24,7 @@ class Peer:
     leaves: str = ""
     only: tuple[str, ...] = MODELS
     installed: bool = False  # in .venv-peers, or here
+    whole: bool = False  # holds the whole model at its end: run only at the cap with room for it, if that is asked for
 
 
 def script(name: str, *more: str) -> Callable[[Path, int], list[str]]:
@@ -51,27 +52,32 @@ PEERS = {
         leaves="packed",
         only=("gpt-j-6b", "llama-3b"),
     ),
-    "baseline": Peer(what="transformers, all loaded first", command=script("resident")),
+    "baseline": Peer(what="transformers, all loaded first", command=script("resident"), whole=True),
     "pipeswitch-torch": Peer(
         what="PipeSwitch port, torch.save files",
         command=script("pipelines", "pipeswitch", "torch", "1"),
         prepare=SPLIT,
         leaves="layers",
+        whole=True,
     ),
     "pipeswitch-safetensors": Peer(
-        what="PipeSwitch port, safetensors", command=script("pipelines", "pipeswitch", "safetensors", "1")
+        what="PipeSwitch port, safetensors",
+        command=script("pipelines", "pipeswitch", "safetensors", "1"),
+        whole=True,
     ),
     "pipeload-2": Peer(
         what="PIPELOAD as published, 2 agents",
         command=script("pipelines", "pipeload", "torch", "2"),
         prepare=SPLIT,
         leaves="layers",
+        whole=True,
     ),
     "pipeload-6": Peer(
         what="PIPELOAD as published, 6 agents",
         command=script("pipelines", "pipeload", "torch", "6"),
         prepare=SPLIT,
         leaves="layers",
+        whole=True,
     ),
     "accelerate": Peer(
         what="transformers + accelerate, disk offload",

@@ -11,6 +11,7 @@ peers.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -104,7 +105,9 @@ def measure(
     timeout_seconds: float,
     rows: list[dict],
 ) -> None:
-    """Run everything that was asked; samples of different peers in turns. Replaces rows of the same kind."""
+    """Run everything that was asked, caps and peers of a sample one after the other, so that a machine's better and
+    worse minutes are everybody's. Replaces rows of the same kind.
+    """
     for name in names:
         model = synth(name, ROOT / "models" / name)
         floor = 0
@@ -115,34 +118,37 @@ def measure(
                 prepare(PEERS["hermes-packed"], model)
                 profile(f"{name}.packed", packed(model), disk)
             floor = floor or floor_bytes(model)
-            for cap, cap_bytes in caps_of(model, caps, floor).items():
-                found: dict[str, list[dict]] = {}
-                rates, beside = [], []
-                for _ in range(samples):
-                    rates.append(disk_rate(model, disk))
-                    if disk == "free" and name not in ENCODERS:
-                        beside.append(rate_beside_memory(model))
-                    for peer in peers:
-                        if name not in PEERS[peer].only or any("error" in run for run in found.get(peer, [])):
-                            continue
-                        why = prepare(PEERS[peer], model)
-                        run = (
-                            {"error": why}
-                            if why
-                            else one_run(PEERS[peer], model, cap_bytes, disk, timeout_seconds=timeout_seconds)
-                        )
-                        found.setdefault(peer, []).append(run)
-                        print(name, cap, disk, peer, summary(run), flush=True)
-                for peer, runs in found.items():
-                    key = {"model": name, "cap": cap, "disk": disk, "peer": peer}
-                    rows[:] = [row for row in rows if any(row[k] != v for k, v in key.items())]
-                    rows.append(
-                        key | {
-                            "cap_bytes": cap_bytes, "weight_bytes": weight_bytes(model), "disk_rates": rates,
-                            "rates_beside_memory": beside, "taken": taken(), "runs": runs,
-                        }
-                    )  # fmt: skip
-                (DOCS / "results.json").write_text(json.dumps({"rows": rows}, indent=1))
+            sizes = caps_of(model, caps, floor)
+            found: dict[tuple[str, str], list[dict]] = {}
+            rates, beside = [], []
+            for _ in range(samples):
+                rates.append(disk_rate(model, disk))
+                if disk == "free" and name not in ENCODERS:
+                    beside.append(rate_beside_memory(model))
+                for cap, peer in itertools.product(sizes, peers):
+                    kind = PEERS[peer]
+                    if name not in kind.only or (kind.whole and cap != "100" in sizes):
+                        continue
+                    runs = found.setdefault((cap, peer), [])
+                    if any("error" in run for run in runs):
+                        continue
+                    why = prepare(kind, model)
+                    runs.append(
+                        {"error": why}
+                        if why
+                        else one_run(kind, model, sizes[cap], disk, timeout_seconds=timeout_seconds)
+                    )
+                    print(name, cap, disk, peer, summary(runs[-1]), flush=True)
+            for (cap, peer), runs in found.items():
+                key = {"model": name, "cap": cap, "disk": disk, "peer": peer}
+                rows[:] = [row for row in rows if any(row[k] != v for k, v in key.items())]
+                rows.append(
+                    key | {
+                        "cap_bytes": sizes[cap], "weight_bytes": weight_bytes(model), "disk_rates": rates,
+                        "rates_beside_memory": beside, "taken": taken(), "runs": runs,
+                    }
+                )  # fmt: skip
+            (DOCS / "results.json").write_text(json.dumps({"rows": rows}, indent=1))
 
 
 def summary(run: dict) -> str:
