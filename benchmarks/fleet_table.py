@@ -149,7 +149,7 @@ def _alternatives(reference: dict, rows: list[dict]) -> list[str]:
             "reload",
             "Each model loaded anew for each request (safetensors, plain modules), in the cgroup of SwapNet's cap",
         ),
-        ("accelerate", "Each model in accelerate's disk offload, without a cap"),
+        ("accelerate", "Each model in accelerate's disk offload, its files written before, in the same cgroup"),
     ):
         other = reference.get(key)
         if other is None or not rates:

@@ -20,6 +20,21 @@ heavy = {"sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"
 assert not heavy, heavy
 """
 
+INPUTS = """
+import sys
+from pathlib import Path
+directory = Path(sys.argv[1])
+if (directory / "preprocessor_config.json").exists():
+    from PIL import Image
+    from hermes.tasks.classification import prepare_images
+    prepare_images(directory, [Image.new("RGB", (32, 32))])
+else:
+    from hermes.tasks.text import load_tokenizer
+    load_tokenizer(directory)
+heavy = {"sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
 LATE = """
 import sys
 import torch
@@ -56,6 +71,11 @@ def run(script: str, *args: str) -> None:
 @pytest.mark.parametrize("arch", ["tiny-bert", "tiny-vit", "tiny-gpt2", "tiny-gpt-j", "tiny-llama"])
 def test_preparing_a_model_leaves_the_compiler_out(arch: str, tmp_path: Path) -> None:
     run(PREPARE, str(synth(arch, tmp_path / arch)))
+
+
+@pytest.mark.parametrize("arch", ["tiny-bert", "tiny-vit", "tiny-gpt2", "tiny-gpt-j", "tiny-llama"])
+def test_preparing_inputs_leaves_the_compiler_out(arch: str, tmp_path: Path) -> None:
+    run(INPUTS, str(synth(arch, tmp_path / arch)))
 
 
 def test_what_was_put_off_is_the_real_thing_when_used() -> None:

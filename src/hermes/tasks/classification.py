@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hermes.errors import InputError
+from hermes.model.lean import lean_imports
 
 __all__ = ["Label", "classify_images", "prepare_images"]
 
@@ -25,10 +26,11 @@ def prepare_images(directory: Path, images: Sequence[Any]) -> torch.Tensor:
 
     Raises InputError where the directory has no image processor that can be used.
     """
-    from transformers import AutoImageProcessor
-
     try:
-        processor = AutoImageProcessor.from_pretrained(str(directory), backend="pil", local_files_only=True)
+        with lean_imports():
+            from transformers import AutoImageProcessor
+
+            processor = AutoImageProcessor.from_pretrained(str(directory), backend="pil", local_files_only=True)
         pixels: torch.Tensor = processor(list(images), return_tensors="pt")["pixel_values"]
     # Everything: each processor fails in its own way (missing files, missing packages, unknown names).
     except Exception as error:

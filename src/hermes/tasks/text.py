@@ -7,21 +7,23 @@ from typing import Any
 import torch
 
 from hermes.errors import InputError
+from hermes.model.lean import lean_imports
 
 __all__ = ["encode_texts", "load_tokenizer"]
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer that the directory holds. Raises InputError where there is none that can be used."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory),
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            clean_up_tokenization_spaces=False,
-        )
+        with lean_imports():  # some models' tokenizers are looked for in their configuration, whose module imports much
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(directory),
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                clean_up_tokenization_spaces=False,
+            )
     # Everything: each tokenizer class fails in its own way (missing files, missing packages, unknown names).
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
