@@ -69,7 +69,7 @@ def profile(name: str, model: Path, disk: str) -> None:
         return
     free, throttled = (Path(environment(model, which)["XDG_CACHE_HOME"]) for which in ("free", disk))
     shutil.copytree(free, throttled, dirs_exist_ok=True)
-    for path in throttled.rglob("*.json"):
+    for path in (throttled / "hermes" / "profiles").glob("*.json"):
         record = json.loads(path.read_text())
         for bandwidth in record["bandwidths"]:
             bandwidth["bytes_per_second"] = min(bandwidth["bytes_per_second"], int(disk) * 1e6)

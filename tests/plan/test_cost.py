@@ -62,6 +62,14 @@ def test_computing_is_faster_the_fewer_weights_stream(make_problem):
         assert found.steady_pass_seconds == pytest.approx(4.0 * (0.5 + 0.5 * part))
 
 
+def test_what_a_first_pass_computes_longer_hides_reading_too(make_problem):
+    problem = make_problem([([100], 2.0, 2.0)] * 3, num_passes=2, cold_seconds=1.5)
+    found = run(problem)
+    assert found.first_pass_seconds == pytest.approx(1.0 + 1.5 + 6.0)
+    assert found.steady_pass_seconds == pytest.approx(6.0)
+    assert run(problem, ahead=False).first_pass_seconds == pytest.approx(3.0 + 1.5 + 6.0)
+
+
 def test_sequential_is_the_sum(make_problem):
     problem = make_problem([([100], 0.5, 0.25)] * 3, num_passes=10)
     found = run(problem, ahead=False)

@@ -18,7 +18,7 @@ __all__ = [
     "block_samples",
 ]
 
-PROFILE_VERSION = 5
+PROFILE_VERSION = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,8 @@ class Profile:
         units: in the order of a pass.
         quiet: by tokens in the pass, the part of the units' seconds that they take while no agent reads: products of
             few tokens do little but read memory, which agents write to meanwhile.
+        cold_seconds: that a process's first pass computes longer than later ones: code that was never run, buffers that
+            kernels make once.
         measured: False where compute was estimated from operations, not measured.
         trace: of the pass over that batch and sequence; None where it could not be followed.
         delays: fitted to the units, for blocks that were never measured; None in an estimate.
@@ -129,6 +131,7 @@ class Profile:
     bandwidths: tuple[BandwidthRecord, ...]
     units: tuple[UnitRecord, ...]
     quiet: tuple[tuple[int, float], ...] = ()
+    cold_seconds: float = 0.0
     measured: bool = True
     trace: Trace | None = None
     delays: DelayModel | None = None

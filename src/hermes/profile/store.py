@@ -74,6 +74,8 @@ def _nonsense(profile: Profile) -> str | None:
         return f"{profile.unpack_bytes_per_second} bytes a second unpacked"
     if not all(tokens >= 1 and 0 < share <= 1 for tokens, share in profile.quiet):
         return f"quiet {profile.quiet}"
+    if not 0 <= profile.cold_seconds < 1e6:
+        return f"{profile.cold_seconds} seconds longer when cold"
     for bandwidth in profile.bandwidths:
         if bandwidth.num_agents < 1 or bandwidth.piece_bytes < 1 or not 0 < bandwidth.bytes_per_second < 1e13:
             return f"bandwidth {bandwidth}"
