@@ -23,7 +23,7 @@ import hermes  # noqa: E402
 from hermes.tasks.text import load_tokenizer  # noqa: E402
 from hermes.tasks.text_generation import PROMPT_LOOKUP, GenerateOptions, generate_text  # noqa: E402
 
-TURNS = 3
+TURNS = 5
 PASSES = 8
 ROWS = (1, 8)
 PROSE = " ".join(topics["naming"].split())[:600]
