@@ -1,17 +1,21 @@
 """What docs/results.md says of commands (docs/commands.json): the shell's seconds, and drafts."""
 
+import itertools
 import statistics
 
-from rows import Row, Rows, rate
+from conditions import median
+from rows import Row, Rows
 
 SHELL_REACH = 1.25
 """Of importing and the bound together."""
+TEXTS = ("does not repeat", "repeats")
+WAYS = ("plain", "draft")
 
 
 def shell_bound(row: Row, rows: Rows) -> float:
     """Seconds that a first pass takes at least: all weights from the disk, or resident compute."""
     weights = next(r["weight_bytes"] for r in rows.rows if r["model"] == row["model"])
-    return max(weights / rate(row), rows.compute_seconds(row["model"]) or 0.0)
+    return rows.bound_seconds(row, weights)
 
 
 def shell_ratios(row: Row, rows: Rows) -> dict[str, float]:
@@ -29,16 +33,13 @@ def draft_ratios(row: Row) -> dict[str, float]:
     """By name: what a sweep over 8 tokens takes, of one over 1; plain over drafted seconds for each text."""
     runs = row["runs"]
     one, eight = (statistics.median(runs["sweeps"][rows]) for rows in ("1", "8"))
-    found = {"sweep": eight / one}
-    for text in ("does not repeat", "repeats"):
-        plain, draft = (statistics.median(run["seconds"] for run in runs[text][way]) for way in ("plain", "draft"))
-        found[text] = plain / draft
-    return found
+    plain, draft = ({text: median(runs[text][way], "seconds") for text in TEXTS} for way in WAYS)
+    return {"sweep": eight / one} | {text: plain[text] / draft[text] for text in TEXTS}
 
 
 def same_tokens(row: Row) -> bool:
     """Whether every run of each text gave the same."""
-    texts = (row["runs"][text] for text in ("does not repeat", "repeats"))
+    texts = (row["runs"][text] for text in TEXTS)
     return all(len({tuple(run["tokens"]) for way in text.values() for run in way}) == 1 for text in texts)
 
 
@@ -75,11 +76,9 @@ def commands_tables(commands: list[Row], rows: Rows) -> list[str]:
         ]
         for row in drafts:
             cells = []
-            for text in ("does not repeat", "repeats"):
-                for way in ("plain", "draft"):
-                    runs = row["runs"][text][way]
-                    seconds = statistics.median(run["seconds"] for run in runs)
-                    cells.append(f"{seconds:.1f} s, {runs[0]['passes']} sweeps")
+            for text, way in itertools.product(TEXTS, WAYS):
+                runs = row["runs"][text][way]
+                cells.append(f"{median(runs, 'seconds'):.1f} s, {runs[0]['passes']} sweeps")
             lines.append(
                 f"| {row['model']} | {row['budget']} | {draft_ratios(row)['sweep']:.2f} | {' | '.join(cells)} "
                 f"| {'yes' if same_tokens(row) else 'no'} |"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from conditions import ENCODERS, median
-from rows import Row, Rows, above_floor, cold_pass, first_seconds, rate, steady_seconds
+from rows import Row, Rows, above_floor, cold_pass, first_seconds, steady_seconds
 
 from hermes.units import format_bytes
 
@@ -90,5 +90,5 @@ def headlines(rows: Rows) -> Iterator[tuple[str, str, float, float, float | None
             if measured:
                 enough = [entry for entry in measured if entry[1] >= memory]
                 speed, saved, row = max(enough or measured, key=lambda entry: entry[0] if enough else entry[1])
-                bound = max(row["weight_bytes"] / rate(row), rows.compute_seconds(model) or 0.0)
+                bound = rows.bound_seconds(row, row["weight_bytes"])
                 yield model, what, speed, saved, None if what == "first output" else theirs_of(theirs) / bound, row

@@ -43,12 +43,11 @@ class Rows:
         """Share of max(bytes streamed / the disk's rate then, resident compute) that the steady pass reached."""
         if "steady_bytes" not in row["runs"][0]:
             return None
-        return self.bound_seconds(row) / median(row["runs"], "steady_seconds")
+        return self.bound_seconds(row, median(row["runs"], "steady_bytes")) / median(row["runs"], "steady_seconds")
 
-    def bound_seconds(self, row: Row) -> float:
-        """Of a steady pass: the longer of reading and resident compute, as if neither slowed the other."""
-        reading = median(row["runs"], "steady_bytes") / rate(row)
-        return max(reading, self.compute_seconds(row["model"]) or 0.0)
+    def bound_seconds(self, row: Row, nbytes: float) -> float:
+        """Of a pass that reads so much: the longer of that and resident compute, as if neither slowed the other."""
+        return max(nbytes / rate(row), self.compute_seconds(row["model"]) or 0.0)
 
     def possible_of_bound(self, row: Row) -> float | None:
         """Share of the bound that is left where the products of one token take memory from the disk's transfers.
@@ -58,9 +57,9 @@ class Rows:
         resident = self.one(model=row["model"], peer="hermes", cap="100", disk="free")
         if not row.get("rates_beside_memory") or resident is None:
             return None
-        computing = median(resident["runs"], "steady_seconds")
-        left = median(row["runs"], "steady_bytes") - computing * statistics.median(row["rates_beside_memory"])
-        return min(1.0, self.bound_seconds(row) / (computing + max(0.0, left) / rate(row)))
+        computing, nbytes = median(resident["runs"], "steady_seconds"), median(row["runs"], "steady_bytes")
+        left = nbytes - computing * statistics.median(row["rates_beside_memory"])
+        return min(1.0, self.bound_seconds(row, nbytes) / (computing + max(0.0, left) / rate(row)))
 
 
 def above_floor(row: Row) -> float:

@@ -68,7 +68,8 @@ def simulate(
     slots = [[n for unit in block for n in units[unit].slot_bytes] for block in blocks]
     reads = [[n for unit in block for n in units[unit].read_bytes] for block in blocks]
     first = [sum(units[unit].first_seconds for unit in block) for block in blocks]
-    first[:1] = [seconds + problem.cold_seconds for seconds in first[:1]]
+    if first:
+        first[0] += problem.cold_seconds
     share = problem.quiet + (1.0 - problem.quiet) * _part_streamed(reads, resident)
     later = [share * sum(units[unit].next_seconds for unit in block) for block in blocks]
     unpacks = [

@@ -51,6 +51,7 @@ def measure_profile(prepared: Prepared) -> Profile:
     Blocking, for about ten times as long as reading the weights takes. Raises ReadError, ModelError.
     """
     workload = prepared.workload
+    whole_tokens = workload.batch_size * workload.sequence_length
     floor_bytes = measure_floor(prepared)
     cgroup = find_cgroup()
     refaults = cgroup.refaults() if cgroup is not None else 0
@@ -60,12 +61,11 @@ def measure_profile(prepared: Prepared) -> Profile:
         bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, piece_sizes=PIECE_SIZES)
     loads: dict[int, list[float]] = {}
     computes: dict[int, list[list[float]]] = {}
-    cold = 0, 0.0  # tokens and seconds of the first pass of all
+    computed_first: list[float] = []  # with each number of agents; the first of all is cold
     for num_agents in MEASURED_AGENTS:
         with _start(prepared, num_agents, sequential=True) as session:
-            tokens, loads[num_agents], seconds = next(_measured_passes(prepared, session))
-            if num_agents == MEASURED_AGENTS[0]:
-                cold = tokens, sum(seconds)
+            _, loads[num_agents], seconds = next(_measured_passes(prepared, session))
+            computed_first.append(sum(seconds))
             if num_agents == MEASURED_AGENTS[-1]:
                 alone = {tokens: sum(seconds) for tokens, _, seconds in _measured_passes(prepared, session)}
     with _start(prepared, MEASURED_AGENTS[-1], sequential=False) as session:
@@ -84,7 +84,6 @@ def measure_profile(prepared: Prepared) -> Profile:
         tokens: [statistics.median(column) for column in zip(*samples[1:], strict=True)]  # the first is cold
         for tokens, samples in computes.items()
     }
-    tokens, cold_seconds = cold
     quiet = tuple(
         (tokens, min(1.0, max(alone[tokens], 1e-9) / max(sum(seconds), 1e-9)))
         for tokens, seconds in sorted(computed.items())
@@ -119,9 +118,9 @@ def measure_profile(prepared: Prepared) -> Profile:
         bandwidths=tuple(bandwidths_beside_compute(bandwidths, beside)),
         units=tuple(units),
         quiet=quiet,
-        cold_seconds=max(0.0, cold_seconds - alone[tokens]),
+        cold_seconds=max(0.0, computed_first[0] - alone[whole_tokens]),
         trace=prepared.trace,
-        delays=fit_delays(block_samples(units, workload.batch_size * workload.sequence_length)),
+        delays=fit_delays(block_samples(units, whole_tokens)),
     )
 
 
