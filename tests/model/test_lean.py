@@ -53,6 +53,33 @@ import torch._dynamo
 assert torch._dynamo.allow_in_graph is not allow_in_graph
 """
 
+COUNT = """
+import sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+"""
+
+FEW_SOURCES = """
+sources = [name for name in opened if "/transformers/models/" in name and name.endswith(".py")]
+assert len(sources) < 50, len(sources)
+"""
+
+NAMES = """
+import json, sys
+if sys.argv[1] == "late":
+    from hermes.model.late_table import make_table_late
+    make_table_late()
+import transformers
+from transformers import AutoModel, initialization, models
+assert ("_rest" in vars(transformers)) == (sys.argv[1] == "late")
+assert not hasattr(transformers, "NoSuchModel")
+assert "_rest" not in vars(transformers) or vars(transformers)["_rest"] is None
+from transformers import BertTokenizerFast, LlamaModel
+from transformers.models import BertModel
+names = [sorted({*module.__all__, *module._class_to_module.items()}, key=str) for module in (transformers, models)]
+print(json.dumps([*names, str(LlamaModel), str(BertTokenizerFast), str(BertModel)]))
+"""
+
 PLAIN_AFTERWARDS = """
 import sys
 from hermes.session import Workload, prepare_model
@@ -64,19 +91,24 @@ assert torch.distributed.is_available()
 """
 
 
-def run(script: str, *args: str) -> None:
+def run(script: str, *args: str) -> str:
     done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("arch", ["tiny-bert", "tiny-vit", "tiny-gpt2", "tiny-gpt-j", "tiny-llama"])
-def test_preparing_a_model_leaves_the_compiler_out(arch: str, tmp_path: Path) -> None:
-    run(PREPARE + NOTHING_HEAVY, str(synth(arch, tmp_path / arch)))
+def test_preparing_a_model_leaves_out_the_compiler_and_other_models(arch: str, tmp_path: Path) -> None:
+    run(COUNT + PREPARE + NOTHING_HEAVY + FEW_SOURCES, str(synth(arch, tmp_path / arch)))
 
 
 @pytest.mark.parametrize("arch", ["tiny-bert", "tiny-vit", "tiny-gpt2", "tiny-gpt-j", "tiny-llama"])
-def test_preparing_inputs_leaves_the_compiler_out(arch: str, tmp_path: Path) -> None:
-    run(INPUTS + NOTHING_HEAVY, str(synth(arch, tmp_path / arch)))
+def test_preparing_inputs_leaves_out_the_compiler_and_other_models(arch: str, tmp_path: Path) -> None:
+    run(COUNT + INPUTS + NOTHING_HEAVY + FEW_SOURCES, str(synth(arch, tmp_path / arch)))
+
+
+def test_a_table_made_late_is_the_table() -> None:
+    assert run(NAMES, "late") == run(NAMES, "plain")
 
 
 def test_what_was_put_off_is_the_real_thing_when_used() -> None:

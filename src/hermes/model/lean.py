@@ -1,7 +1,7 @@
 """Imports transformers' modelling code without what it never uses here: torch's compiler and distributed tensors.
 
-They come with it for attention variants and shardings, and cost 80 MB that no weight can have. Tokenizers, tracing and
-the models themselves are elsewhere.
+They come with it for attention variants and shardings, and cost 80 MB that no weight can have. Nor is the table of all
+its classes made (`late_table`). Tokenizers, tracing and the models themselves are elsewhere.
 """
 
 import importlib
@@ -19,6 +19,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from hermes.model.late_table import make_table_late
+
 __all__ = ["lean_imports", "leave_compiler_out"]
 
 _PUT_OFF = ("torch._dynamo", "torch.nn.attention.flex_attention")
@@ -35,6 +37,7 @@ def lean_imports() -> Iterator[None]:
     device, which makes no numbers but brings the same modules in, is left out. And where transformers' modelling code
     is not loaded yet, it believes from now on that this torch cannot distribute a model over processes.
     """
+    make_table_late()
     if "transformers.modeling_utils" not in sys.modules and "torch.distributed.tensor" not in sys.modules:
         _believe_in_one_process()
     finder = _Finder([name for name in _PUT_OFF if name not in sys.modules])

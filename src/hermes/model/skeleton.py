@@ -9,6 +9,7 @@ import copy
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -152,7 +153,7 @@ def _model_class(
     for name in names or ("AutoModel",):
         if wanted is None and task is None and name in remote:
             return _remote_class(remote[name], directory), config
-        found = getattr(transformers, name, None) if isinstance(name, str) else name
+        found = _named(name, config) if isinstance(name, str) else name
         if found is not None and hasattr(found, "_model_mapping"):
             found = _from_auto_class(found, config, directory, trust_remote_code)
         if found is not None and issubclass(found, transformers.PreTrainedModel):
@@ -161,6 +162,14 @@ def _model_class(
             return found, config.get_text_config() if text else config
     asked = " or ".join(str(getattr(name, "__name__", name)) for name in names) or "any model"
     raise ModelError(f"{directory}: model type {config.model_type!r} cannot be built as {asked}")
+
+
+def _named(name: str, config: Any) -> Any:
+    """A class of transformers, None if there is no such; of its configuration's package before all others are read."""
+    import transformers
+
+    package = sys.modules.get(type(config).__module__.rpartition(".")[0])
+    return getattr(package, name, None) or getattr(transformers, name, None)
 
 
 def _from_auto_class(auto: Any, config: Any, directory: Path, trust_remote_code: bool) -> Any:
