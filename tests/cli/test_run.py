@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from hermes import __version__
 from hermes.checkpoint.synth import synth
 
 KEYS = [
@@ -111,6 +112,12 @@ def test_smallest_budget_in_the_message_works(gpt2):
     assert "exceeded" not in accepted.stderr
     plan, memory, time = accepted.stderr.splitlines()
     assert (plan.split()[0], memory.split()[0], time.split()[0]) == ("plan", "memory", "time")
+
+
+def test_version():
+    for options in (["--version"], ["--verbose", "--version", "run"]):
+        done = subprocess.run([sys.executable, "-m", "hermes", *options], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:

@@ -30,8 +30,15 @@ def profiled(model, tmp_path, monkeypatch):
     return found
 
 
-def test_a_smaller_workload_needs_no_trace_and_gets_the_same_plan(model, profiled, monkeypatch):
-    workload = Workload(batch_size=1, sequence_length=8, max_new_tokens=4)
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload(batch_size=1, sequence_length=8, max_new_tokens=4),
+        Workload(batch_size=2, sequence_length=20, max_new_tokens=4),
+    ],
+    ids=["smaller", "a little longer"],
+)
+def test_a_workload_like_the_profiled_one_needs_no_trace(model, profiled, monkeypatch, workload):
     fresh = prepare_model(model, workload=workload, fresh=True)
     monkeypatch.setattr("hermes.session.prepare.trace_apart", refuse)
     known = prepare_model(model, workload=workload)
@@ -48,7 +55,7 @@ def test_a_smaller_workload_needs_no_trace_and_gets_the_same_plan(model, profile
     "workload",
     [
         Workload(batch_size=3, sequence_length=16, max_new_tokens=4),
-        Workload(batch_size=1, sequence_length=17, max_new_tokens=4),
+        Workload(batch_size=1, sequence_length=21, max_new_tokens=4),
         Workload(batch_size=1, sequence_length=8),
     ],
     ids=["batch", "sequence", "without a cache"],

@@ -1,5 +1,6 @@
 """The `hermes` command. Each subcommand is a function in a module of its name; torch is imported when one runs."""
 
+import atexit
 import logging
 import os
 import sys
@@ -42,8 +43,30 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 
 
 def main() -> None:
-    """Entry point; ends the process."""
-    app(prog_name="hermes")
+    """Entry point; ends the process.
+
+    At once: with all output written and the exit handlers of what was imported meanwhile run, the interpreter would
+    still take torch's and transformers' modules apart one by one, for half a second.
+    """
+    status = 1
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    atexit.register(leave)  # the first to be registered is the last to run
+    try:
+        app(prog_name="hermes")
+    except SystemExit as end:
+        status = int(end.code or 0)
+        raise
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(hermes.__version__)
+        raise typer.Exit
 
 
 @app.callback()
@@ -52,12 +75,11 @@ def options(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the log, warnings, and tracebacks of errors.")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and end.")
+    ] = False,
 ) -> None:
     """Run Transformers larger than a memory budget: weights stream from disk, the output stays the same."""
-    if version:
-        print(hermes.__version__)
-        raise typer.Exit
     _set_up_logging(verbose=verbose)
     if ctx.invoked_subcommand not in ("bench", "pack", "synth", "unpack"):
         _check_limit()

@@ -16,6 +16,9 @@ __all__ = ["stored_profile", "trace_at"]
 
 logger = logging.getLogger("hermes")
 
+LONGER = 1.25
+"""So much longer sequences than the profiled one need no trace of their own."""
+
 
 def stored_profile(
     source: Path, checkpoint: Checkpoint, *, model_class: str, dtype: str, path: str | Path | None
@@ -44,14 +47,16 @@ def stored_profile(
 
 
 def trace_at(profile: Profile | None, workload: Workload) -> Trace | None:
-    """The profiled pass as one over `workload`'s shape; None where that is the larger one, or of another kind.
+    """The profiled pass as one over `workload`'s shape; None where that is much larger, or of another kind.
 
-    Operations and cache are proportional to tokens; the peak of activations stays an upper bound.
+    Operations and cache are proportional to tokens. The peak of activations stays an upper bound: nothing grows by more
+    than the square of the sequence's length.
     """
     if profile is None or profile.trace is None:
         return None
     trace = profile.trace
-    if workload.batch_size > profile.batch_size or workload.sequence_length > profile.sequence_length:
+    longer = max(1.0, workload.sequence_length / profile.sequence_length)
+    if workload.batch_size > profile.batch_size or longer > LONGER:
         return None
     if (workload.max_new_tokens > 0) != (trace.cache_bytes > 0):
         return None
@@ -61,6 +66,6 @@ def trace_at(profile: Profile | None, workload: Workload) -> Trace | None:
     return replace(
         trace,
         flops={module: int(flops * share) for module, flops in trace.flops.items()},
-        peak_bytes=trace.peak_bytes - trace.cache_bytes + cache_bytes,
+        peak_bytes=int((trace.peak_bytes - trace.cache_bytes) * longer**2) + cache_bytes,
         cache_bytes=cache_bytes,
     )
