@@ -52,7 +52,8 @@ __all__ = [
 logger = logging.getLogger("hermes")
 
 SAMPLE_BYTES = 256 * 2**20
-"""Read to find out how fast the disk is now."""
+SAMPLE_SECONDS = 0.5
+"""Read to find out how fast the disk is now: so much, for so long at most."""
 PLANNING_PIECE_BYTES = 8 * 2**20
 """Piece size while costs are counted; the plan's own is used once it is there."""
 
@@ -272,7 +273,9 @@ def pose_problem(prepared: Prepared, reader: Reader, warmed: Warmed | None = Non
     if known is None:
         known = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes)
     else:
-        bandwidths = refresh_bandwidths(known.bandwidths, prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES)
+        bandwidths = refresh_bandwidths(
+            known.bandwidths, prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, seconds=SAMPLE_SECONDS
+        )
         known = replace(known, bandwidths=tuple(bandwidths))
     if warmed is not None:
         known = replace(known, touch_seconds_per_byte=touch_when_warm(known.touch_seconds_per_byte, warmed))

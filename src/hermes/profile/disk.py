@@ -1,5 +1,6 @@
 """How fast the checkpoint's disk gives its bytes to so many agents, and memory takes them in."""
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,8 +34,9 @@ def measure_bandwidth(
     sample_bytes: int,
     agent_counts: Sequence[int] = AGENT_COUNTS,
     piece_sizes: Sequence[int] = (8 * MIB,),
+    seconds: float = math.inf,
 ) -> list[BandwidthRecord]:
-    """Read up to `sample_bytes` for each setting, spread over the files, past the page cache.
+    """Read up to `sample_bytes` for each setting, for `seconds` at most, spread over the files, past the page cache.
 
     Each setting reads its own places, so that no cache of the drive's serves the next one. Holds one piece for each
     agent. Blocking. Raises ReadError.
@@ -47,13 +49,18 @@ def measure_bandwidth(
         for num_agents in agent_counts:
             chosen = [places[(turn + index) % len(places)] for index in range(count)]
             turn += count
-            rate = _read(reader, chosen, num_agents, piece_bytes)
+            rate = _read(reader, chosen, num_agents, piece_bytes, seconds)
             records.append(BandwidthRecord(num_agents=num_agents, piece_bytes=piece_bytes, bytes_per_second=rate))
     return records
 
 
 def refresh_bandwidths(
-    records: Sequence[BandwidthRecord], checkpoint: Checkpoint, reader: Reader, *, sample_bytes: int
+    records: Sequence[BandwidthRecord],
+    checkpoint: Checkpoint,
+    reader: Reader,
+    *,
+    sample_bytes: int,
+    seconds: float = math.inf,
 ) -> list[BandwidthRecord]:
     """The records, scaled half way to what a good one of them gives now: disks drift, and samples err. Blocking.
 
@@ -67,6 +74,7 @@ def refresh_bandwidths(
         sample_bytes=sample_bytes,
         agent_counts=(then.num_agents,),
         piece_sizes=(then.piece_bytes,),
+        seconds=seconds,
     )
     scale = now.bytes_per_second / then.bytes_per_second
     if 1 / DRIFT < scale < DRIFT:
@@ -118,15 +126,20 @@ def _places(checkpoint: Checkpoint, piece_bytes: int) -> list[tuple[int, int]]:
     return places or [(largest, 0)]
 
 
-def _read(reader: Reader, places: Sequence[tuple[int, int]], num_agents: int, piece_bytes: int) -> float:
+def _read(
+    reader: Reader, places: Sequence[tuple[int, int]], num_agents: int, piece_bytes: int, most_seconds: float
+) -> float:
     arenas = [Arena(piece_bytes) for _ in range(num_agents)]
     for arena in arenas:
         arena.touch()
 
     def agent(number: int) -> int:
-        return sum(
-            reader.read_into(file, offset, arenas[number].view, 0) for file, offset in places[number::num_agents]
-        )
+        done = 0
+        for file, offset in places[number::num_agents]:
+            done += reader.read_into(file, offset, arenas[number].view, 0)
+            if time.perf_counter() - start > most_seconds:
+                break
+        return done
 
     with ThreadPoolExecutor(num_agents, thread_name_prefix="hermes-probe") as pool:
         start = time.perf_counter()
