@@ -18,6 +18,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+import transformers  # noqa: F401 - before the clock, as for every peer that is made of it
 from torch import nn
 from work import Work, clock_passes, memory_bytes, report
 

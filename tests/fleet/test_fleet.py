@@ -146,8 +146,17 @@ def test_idle_bytes_are_lent_and_come_back(nets, monkeypatch):
         assert fleet._shares.ledger.free_bytes >= 0
 
 
+def test_a_model_that_cannot_be_measured_inside_the_budget_is_refused_before(nets):
+    with hermes.Fleet(budget=resident_bytes() + 20 * MIB) as fleet:
+        with pytest.raises(hermes.BudgetError, match="measuring small") as refused:
+            fleet.add("small", skeleton("small"), nets["small"][1], example_args=(PIXELS,))
+        fleet.budget_bytes = refused.value.minimum_bytes + 4 * MIB  # what this process has grown by since
+        fleet.add("small", skeleton("small"), nets["small"][1], example_args=(PIXELS,))
+        assert torch.equal(fleet.submit("small", PIXELS).result(60), expected(nets, "small", PIXELS))
+
+
 def test_what_cannot_be_is_refused(nets):
-    fleet = hermes.Fleet(budget=resident_bytes() + 20 * MIB)
+    fleet = hermes.Fleet(budget="1GiB")
     with pytest.raises(hermes.InputError, match="no models"):
         fleet.start()
     with pytest.raises(hermes.InputError, match="example_args"):
@@ -157,6 +166,7 @@ def test_what_cannot_be_is_refused(nets):
     fleet.add("small", skeleton("small"), nets["small"][1], example_args=(PIXELS,))
     with pytest.raises(hermes.InputError, match="already"):
         fleet.add("small", skeleton("small"), nets["small"][1], example_args=(PIXELS,))
+    fleet.budget_bytes = resident_bytes() + 20 * MIB
     with pytest.raises(hermes.BudgetError, match="try --budget"):
         fleet.start()
     fleet.close()

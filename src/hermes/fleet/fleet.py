@@ -152,6 +152,7 @@ class Fleet:
                     name: measure_candidate(
                         prepared,
                         call,
+                        limit_bytes=self.budget_bytes,
                         alone=not self._workers,
                         importance=importance,
                         deadline_seconds=deadline_seconds,

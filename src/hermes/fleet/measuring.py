@@ -42,6 +42,7 @@ def measure_candidate(
     prepared: Prepared,
     call: Callable[[Any], object],
     *,
+    limit_bytes: int,
     alone: bool,
     importance: float,
     deadline_seconds: float | None,
@@ -51,7 +52,7 @@ def measure_candidate(
     On a thread of its own, as it will run, with the only team of kernels' threads; and once more beside another such
     thread. `alone` says that nothing else computes in this process meanwhile: else what another model does would be
     taken for this one's. Blocking, for about as long as eight calls and reading the weights for each take. Raises as
-    `measure_calls` does.
+    `measure_calls` does, BudgetError where this process would outgrow `limit_bytes`.
     """
     heap = _Heap(call, alone)
     crowding = 1.0
@@ -59,12 +60,14 @@ def measure_candidate(
     if known is None:
         drop_kernel_threads()
         with ThreadPoolExecutor(1, thread_name_prefix="hermes-fleet-measure") as pool:
-            known = pool.submit(measure_calls, prepared, heap, rounds=ROUNDS).result()
+            known = pool.submit(measure_calls, prepared, heap, rounds=ROUNDS, limit_bytes=limit_bytes).result()
             problem = prepared.problem(known, factory_of(prepared), floor_bytes=0)
             if alone:
                 with ThreadPoolExecutor(1, thread_name_prefix="hermes-fleet-beside") as other:
                     other.submit(torch.ones(ELEMENTS).sum).result()
-                    crowded = pool.submit(measure_calls, prepared, call, rounds=CROWDED_ROUNDS).result()
+                    crowded = pool.submit(
+                        measure_calls, prepared, call, rounds=CROWDED_ROUNDS, limit_bytes=limit_bytes
+                    ).result()
                 again = prepared.problem(crowded, factory_of(prepared), floor_bytes=0)
                 crowding = max(1.0, _seconds(again) / _seconds(problem))
     else:

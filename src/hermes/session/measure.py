@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from hermes.errors import ModelError
-from hermes.memory.probe import available_bytes, find_cgroup
+from hermes.errors import BudgetError, ModelError
+from hermes.memory.probe import available_bytes, find_cgroup, resident_bytes
 from hermes.model.inputs import example_inputs
 from hermes.pipeload import smallest_ring
 from hermes.plan import TOUCH_STEP_BYTES, Plan
@@ -27,7 +27,8 @@ from hermes.profile import (
 )
 from hermes.session.estimate import estimate_profile, measure_floor, unit_record
 from hermes.session.prepare import Prepared
-from hermes.session.session import Session, memory_limit, start_session
+from hermes.session.session import MARGIN_BYTES, Session, memory_limit, start_session
+from hermes.units import format_budget, format_bytes
 
 __all__ = ["measure_calls", "measure_profile"]
 
@@ -39,6 +40,7 @@ MEASURED_AGENTS = (1, 2, 4)
 SHORTER = 8
 """A text encoder is also measured on sequences shorter by this factor."""
 ROUNDS = 3
+UNBOUNDED = 2**62
 
 
 def measure_profile(prepared: Prepared) -> Profile:
@@ -48,7 +50,8 @@ def measure_profile(prepared: Prepared) -> Profile:
     agents that read take processor time and memory bandwidth from the computation they are meant to hide behind. What
     it takes without them is kept beside it, for plans that read little.
 
-    Blocking, for about ten times as long as reading the weights takes. Raises ReadError, ModelError.
+    Blocking, for about ten times as long as reading the weights takes. Raises ReadError, ModelError, and BudgetError
+    where a cgroup leaves no room for it.
     """
     workload = prepared.workload
     whole_tokens = workload.batch_size * workload.sequence_length
@@ -124,18 +127,21 @@ def measure_profile(prepared: Prepared) -> Profile:
     )
 
 
-def measure_calls(prepared: Prepared, call: Callable[[Any], object], *, rounds: int = 3) -> Profile:
+def measure_calls(
+    prepared: Prepared, call: Callable[[Any], object], *, rounds: int = 3, limit_bytes: int = UNBOUNDED
+) -> Profile:
     """An estimate whose seconds of computing are measured, by so many calls of `call(module)` after a cold one.
 
     The disk is sampled as for an estimate, while nothing else uses it. Blocking, for about as long as reading the
-    weights takes in each round. Holds the smallest window twice. Raises ReadError, and whatever `call` raises.
+    weights takes in each round. Raises ReadError, BudgetError where this process would outgrow `limit_bytes`, and
+    whatever `call` raises.
     """
     floor_bytes = measure_floor(prepared)
     with prepared.reader() as reader:
         factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
         profile = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes)
     rows = []
-    with _start(prepared, 2, sequential=False) as session, torch.no_grad():
+    with _start(prepared, 2, sequential=False, limit_bytes=limit_bytes) as session, torch.no_grad():
         for _ in range(1 + rounds):
             call(prepared.module)
             rows.append(_by_unit(session, len(prepared.partition.units))[1])
@@ -193,20 +199,33 @@ def _by_unit(session: Session, num_units: int) -> tuple[list[float], list[float]
     return waits, seconds
 
 
-def _start(prepared: Prepared, num_agents: int, *, sequential: bool) -> Session:
-    """Unit by unit, nothing resident, in a small window; memory is not planned, only bounded by the window."""
+def _start(prepared: Prepared, num_agents: int, *, sequential: bool, limit_bytes: int = UNBOUNDED) -> Session:
+    """Unit by unit, nothing resident, in the smallest window twice, or once where there is no room for more.
+
+    Raises BudgetError where there is none for that: the system would evict this process's code, and read it back, for
+    hours.
+    """
     reader = prepared.reader()
     factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
     blocks, _ = prepared.blocks(factory, "leaf")
-    slots = [[load.slot_bytes for load in block.loads] for block in blocks]
-    unbounded = 2**62
+    window_bytes = smallest_ring([[load.slot_bytes for load in block.loads] for block in blocks])
+    limit_bytes = memory_limit(limit_bytes)
+    least_bytes = resident_bytes() + prepared.heap_bytes + MARGIN_BYTES + window_bytes
+    if least_bytes > limit_bytes:
+        reader.close()
+        least_bytes = max(least_bytes, prepared.preparing_bytes)
+        raise BudgetError(
+            f"measuring {prepared.source.name} takes {format_bytes(least_bytes)}; the limit is "
+            f"{format_bytes(limit_bytes)}; try --budget {format_budget(least_bytes)}",
+            minimum_bytes=least_bytes,
+        )
     plan = Plan(
-        budget_bytes=unbounded,
-        limit_bytes=unbounded,
+        budget_bytes=limit_bytes,
+        limit_bytes=limit_bytes,
         granularity="leaf",
         num_agents=num_agents,
         piece_bytes=PIECE_SIZES[-1],
-        ring_bytes=2 * smallest_ring(slots),
+        ring_bytes=window_bytes * (2 if least_bytes + window_bytes <= limit_bytes else 1),
         resident=tuple(frozenset() for _ in blocks),
         resident_bytes=0,
         pass_bytes=0,

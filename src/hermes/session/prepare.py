@@ -71,6 +71,18 @@ class Prepared:
         )
 
     @property
+    def heap_bytes(self) -> int:
+        """What the workload takes besides weights."""
+        nbytes = heap_bytes(
+            self.workload,
+            self.trace,
+            vocabulary_size=vocabulary_size(self.module),
+            row_buffer_bytes=2 * ROWS_AT_A_TIME_BYTES if self.partition.rowwise else 0,
+        )
+        nbytes += PACKED_HEAP_BYTES if self.checkpoint.packed else 0
+        return nbytes + (QUANTIZED_HEAP_BYTES if self.checkpoint.quantized else 0)
+
+    @property
     def model_class(self) -> str:
         """Name of the module's class."""
         return type(self.module).__name__
@@ -169,14 +181,6 @@ class Prepared:
             )
         pinned = factory.pinned(self.partition.pinned)
         bounced |= any(piece.bounced for load in pinned.loads for piece in load.pieces)
-        heap = heap_bytes(
-            workload,
-            self.trace,
-            vocabulary_size=vocabulary_size(self.module),
-            row_buffer_bytes=2 * ROWS_AT_A_TIME_BYTES if self.partition.rowwise else 0,
-        )
-        heap += PACKED_HEAP_BYTES if self.checkpoint.packed else 0
-        heap += QUANTIZED_HEAP_BYTES if self.checkpoint.quantized else 0
         return Problem(
             units=units,
             num_in_pass=self.partition.num_in_pass,
@@ -186,7 +190,7 @@ class Prepared:
                 for b in profile.bandwidths
             ],
             floor_bytes=floor_bytes,
-            heap_bytes=heap,
+            heap_bytes=self.heap_bytes,
             pinned_bytes=sum(load.slot_bytes for load in pinned.loads),
             buffer_bytes=factory.buffer_bytes if bounced else 0,
             num_passes=workload.num_passes,
@@ -267,8 +271,7 @@ def prepare_model(
     prepared = _prepared(skeleton, checkpoint, weights, found, workload, directory, head_rows, matrix_bytes)
     if known is not None and not _covers(known, prepared, must=profile is not None):
         known = None
-    preparing_bytes = memory_split().anon_bytes + tracing_bytes + CODE_BYTES if tracing_bytes else 0
-    return replace(prepared, known=known, preparing_bytes=preparing_bytes)
+    return replace(prepared, known=known, preparing_bytes=_preparing_bytes(tracing_bytes))
 
 
 def _trace(skeleton: nn.Module, workload: Workload) -> tuple[Trace | None, int]:
@@ -282,6 +285,10 @@ def _trace(skeleton: nn.Module, workload: Workload) -> tuple[Trace | None, int]:
         del inputs["logits_to_keep"]
         found, nbytes = trace_apart(skeleton, (), inputs)
     return found, nbytes
+
+
+def _preparing_bytes(tracing_bytes: int) -> int:
+    return memory_split().anon_bytes + tracing_bytes + CODE_BYTES if tracing_bytes else 0
 
 
 def _covers(profile: Profile, prepared: Prepared, *, must: bool) -> bool:
@@ -311,17 +318,10 @@ def prepare_module(
     opened = open_checkpoint(path)
     weights = map_weights(module, opened)
     finish_skeleton(module, weights)
-    found = trace_apart(module, args, kwargs or {})[0] if args or kwargs else None
-    return _prepared(
-        module,
-        opened,
-        weights,
-        found,
-        Workload(sequence_length=1, num_forwards=FORWARDS),
-        path,
-        head_rows,
-        matrix_bytes,
-    )
+    found, tracing_bytes = trace_apart(module, args, kwargs or {}) if args or kwargs else (None, 0)
+    workload = Workload(sequence_length=1, num_forwards=FORWARDS)
+    prepared = _prepared(module, opened, weights, found, workload, path, head_rows, matrix_bytes)
+    return replace(prepared, preparing_bytes=_preparing_bytes(tracing_bytes))
 
 
 def _prepared(
