@@ -1,8 +1,8 @@
 """transformers' table of its classes, made when a name is asked for that is not in it yet.
 
 `import transformers` reads the source of all its models, 1,700 files, to find out which module has which class, and
-importing the first model does so again: 0.7 s where those files are cached, several where they are not. The auto
-classes find a model's module by its type, so a run needs none of it.
+importing the first model does so again: 0.8 s, more where the disk is slow. The auto classes find a model's module by
+its type, so a run needs none of it.
 """
 
 import importlib.abc
