@@ -33,6 +33,16 @@ def loads(checkpoint, expected, raw):
             assert reader.read_bytes(entry.extent) == raw(expected[name])
 
 
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_opening_leaves_nothing_in_the_page_cache(tmp_path, cached_pages, evicted, save):
+    path = tmp_path / "weights"
+    save({f"tensor.{number}": torch.zeros(1024) for number in range(1024)}, path)
+    evicted(path)
+    for _ in range(3):  # the first may leave a mark from which the system reads far ahead the next time
+        open_checkpoint(path)
+    assert cached_pages(path) == 0
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "weights.bin", "no_suffix"])
 def test_a_file_is_known_by_its_content(tmp_path, state_dict, raw, name):
     save_file(state_dict, tmp_path / name)

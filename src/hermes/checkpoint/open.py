@@ -15,6 +15,7 @@ from hermes.checkpoint.index import Checkpoint, FileStamp, QuantizedTensor, Tens
 from hermes.checkpoint.packed import FORMAT, read_packed
 from hermes.checkpoint.quantized import FORMAT as QUANTIZED_FORMAT
 from hermes.checkpoint.quantized import read_quantized
+from hermes.checkpoint.readers import stop_readahead
 from hermes.checkpoint.safetensors import read_header
 from hermes.checkpoint.torch_zip import read_torch_zip
 from hermes.errors import CheckpointError
@@ -89,6 +90,7 @@ def _read_tensors(
     quantized: dict[str, QuantizedTensor] = {}
     try:
         with open(path, "rb") as stream:
+            stop_readahead(stream.fileno())
             start = stream.read(64)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -11,7 +11,7 @@ from hermes.checkpoint.chunks import PackedFile, PackedTensor, num_chunks
 from hermes.checkpoint.decoder import warn_if_slow
 from hermes.checkpoint.index import DTYPE_BYTES, TensorEntry
 from hermes.checkpoint.layout import HEADER_BYTES
-from hermes.checkpoint.readers import forget
+from hermes.checkpoint.readers import forget, stop_readahead
 from hermes.checkpoint.safetensors import parse_header
 from hermes.errors import CheckpointError
 
@@ -82,6 +82,7 @@ def _read_table(path: Path, entry: TensorEntry) -> "NDArray[np.int64]":
         raise CheckpointError(f"{path}: its table of chunks is {entry.extent.nbytes} of {entry.dtype}; {_AGAIN}")
     try:
         with open(path, "rb") as stream:
+            stop_readahead(stream.fileno())
             stream.seek(entry.extent.offset)
             content = stream.read(entry.extent.nbytes)
             forget(stream.fileno(), entry.extent.offset, entry.extent.nbytes)

@@ -18,6 +18,9 @@ __all__ = ["WATCH_SECONDS", "DaemonAgent", "FaultMeter", "MemorySample", "Workin
 
 WATCH_SECONDS = 0.05
 """Between two looks."""
+TRIM_BYTES = 12 * 2**20
+"""Free heap is given back from so much below the limit on, and again when as much more has come: between two looks a
+batch with holes in its heap grew by as much."""
 FAULT_STEP_BYTES = 16 * 2**20
 """Given back at a time while the system evicts code pages that are needed again at once."""
 FAULTS_PER_SECOND = 50
@@ -115,6 +118,7 @@ class DaemonAgent:
         self._on_error = on_error
         self._clock = clock
         self._working_set = WorkingSet()
+        self._trimmed_bytes = 0  # the process after its heap was last given back
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hermes-daemon", daemon=True)
         self._thread.start()
@@ -126,8 +130,9 @@ class DaemonAgent:
             return
         with self._lock:
             needed = self._working_set()  # under the lock: a figure from before an eviction would evict twice
-            if needed > limit_bytes and trim_heap():
-                needed = self._working_set()
+            if needed > min(limit_bytes, max(limit_bytes - TRIM_BYTES, self._trimmed_bytes + TRIM_BYTES)):
+                trim_heap()
+                needed = self._trimmed_bytes = self._working_set()
             excess = bytes_to_give_back(
                 MemorySample(needed_bytes=needed, limit_bytes=limit_bytes, faults_per_second=faults_per_second)
             )
