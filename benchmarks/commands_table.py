@@ -15,7 +15,7 @@ WAYS = ("plain", "draft")
 def shell_bound(row: Row, rows: Rows) -> float:
     """Seconds that a first pass takes at least: all weights from the disk, or resident compute."""
     weights = next(r["weight_bytes"] for r in rows.rows if r["model"] == row["model"])
-    return rows.bound_seconds(row, weights)
+    return max(weights / statistics.median(row["disk_rates"]), rows.resident_seconds(row["model"]) or 0.0)
 
 
 def shell_ratios(row: Row, rows: Rows) -> dict[str, float]:

@@ -110,6 +110,12 @@ PEERS = {
     ),
 }
 
+YARDSTICK = Peer(
+    what="Hermes, all resident, alone and beside reads",
+    command=lambda model, cap: ["yardstick.py", str(model), str(cap)],
+)
+"""Beside each run of Hermes: what its bound is made of, in the same minute."""
+
 
 def prepare(peer: Peer, model: Path) -> str | None:
     """Write the files of its own that a peer wants; why it cannot be run, or None."""

@@ -1,13 +1,11 @@
 """Under what every benchmark here measures: files evicted, the disk's rate of the minute, the profile of the disk."""
 
-import contextlib
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -89,27 +87,6 @@ def disk_rate(model: Path, disk: str) -> float:
         file = max(model.glob("*.safetensors"), key=lambda path: path.stat().st_size)
         rates += [fio(file, way) for way in FIO_WAYS]
     return max(rates) if disk == "free" else min(max(rates), int(disk) * 1e6)
-
-
-@contextlib.contextmanager
-def memory_busy() -> Iterator[None]:
-    """Every core reads memory, as the products of one token do, in a process of its own."""
-    code = "import torch; x = torch.ones(1 << 26); print(flush=True)\nwhile True: x.sum()"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        try:
-            yield
-        finally:
-            process.kill()
-
-
-def rate_beside_memory(model: Path) -> float:
-    """Bytes a second that Hermes's reader gets of the disk while all cores read memory."""
-    checkpoint = open_checkpoint(model)
-    with open_reader(checkpoint) as reader, memory_busy():
-        records = measure_bandwidth(checkpoint, reader, sample_bytes=1024 * MIB, agent_counts=(4,))
-    return max(record.bytes_per_second for record in records)
 
 
 def fio(file: Path, way: tuple[str, ...]) -> float:

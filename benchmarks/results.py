@@ -10,7 +10,7 @@ from commands_table import SHELL_REACH, commands_tables, draft_ratios, shell_rat
 from comparators import PEERS
 from conditions import DOCS, ENCODERS, MODELS, median
 from paper import HEADLINES, headlines, paper_tables
-from rows import Row, Rows, failed, ratio, stored
+from rows import Row, Rows, failed, of_bound, possible_of_bound, ratio, stored
 
 from hermes.units import format_bytes
 
@@ -39,7 +39,7 @@ def table(rows: Rows, model: str) -> list[str]:
             steady = f"{ratio(row, ours, 'steady_seconds'):.2f}x"
             theirs, digest = row["runs"][0].get("digest"), ours["runs"][0].get("digest")
             bits = "" if theirs is None else "yes" if theirs == digest else "no"
-        bound = rows.of_bound(row)
+        bound = of_bound(row)
         lines.append(
             f"{where}| {who} | {format_bytes(int(median(row['runs'], 'peak_bytes')))} | "
             f"{median(row['runs'], 'first_seconds'):.2f} | {first} | {median(row['runs'], 'steady_seconds'):.3f} | "
@@ -66,9 +66,9 @@ def targets(rows: Rows, batch: list[Row], predictions: list[Row], commands: list
     lines = [
         "## Against the targets",
         "",
-        "*Possible*: with Hermes's pass at its bound, what it reads at the disk's rate beside it or resident compute; "
-        "for steady passes of decoders, where the disk is slower while a token's products read memory (its rate beside "
-        "cores that do nothing else is in results.json), as much of that bound as this leaves.",
+        "*Possible*: for steady passes, what Hermes reaches with all weights resident while the same bytes are read "
+        "beside each pass and nobody waits for them: products slow the disk's transfers, and those the products. In "
+        "other rows, with Hermes's pass at its bound, or at what was possible for it.",
         "",
         "| target | where | measured | asked | |",
         "|---|---|---|---|---|",
@@ -83,9 +83,9 @@ def targets(rows: Rows, batch: list[Row], predictions: list[Row], commands: list
         lines.append(f"| {target} | {where} | {measured:.2f}{unit} | {asked:.2f}{unit} | {verdict} |")
 
     for row in sorted(rows.where(peer="hermes"), key=lambda r: (-disk_number(r["disk"]), MODELS.index(r["model"]))):
-        share = rows.of_bound(row)
+        share = of_bound(row)
         if row["cap"] != "100" and row["disk"] != "90" and share is not None:
-            line("steady pass, of its bound", place(row), share, 0.95, "", rows.possible_of_bound(row))
+            line("steady pass, of its bound", place(row), share, 0.95, "", possible_of_bound(row))
     for model, what, speed, saved, possible, row in headlines(rows):
         where = f"{place(row)}, {saved:.1%} less memory"
         line(f"against PipeSwitch, {what}", where, speed, HEADLINES[model][0], possible=possible)
@@ -103,8 +103,8 @@ def targets(rows: Rows, batch: list[Row], predictions: list[Row], commands: list
             ours = rows.one(model=model, peer="hermes", cap=theirs["cap"], disk="free")
             if ours and theirs["cap"] != "100":
                 faster = ratio(theirs, ours, "steady_seconds")
-                share = rows.of_bound(ours)
-                possible = None if share is None else faster / share
+                share, possible_share = of_bound(ours), possible_of_bound(ours)
+                possible = None if share is None else faster / share * (possible_share or 1.0)
                 line("forward, accelerate", place(ours), faster, 2.5, possible=possible)
     for model in MODELS:
         ours = rows.one(model=model, peer="hermes", cap="100", disk="free")
@@ -253,9 +253,9 @@ def write() -> None:
     text += [
         "*First output*: from the start of loading (packages imported) to the first output. *Steady pass*: the median "
         "of later passes (for decoders, seconds a token). Medians over samples, taken in turns. *Of bound*: "
-        "max(bytes streamed / the best direct-read rate that fio or Hermes's own reader reached beside the runs, "
-        "resident pass) over the steady pass. *Source*: the last commit that changed src/ when the row was taken. The "
-        "raw samples, with bytes read and page faults, are in results.json.",
+        "max(bytes streamed / the best direct-read rate that fio or Hermes's own reader reached then, a resident pass "
+        "of Hermes in a process right behind it) over the steady pass, run by run. *Source*: the last commit that "
+        "changed src/ when the row was taken. The raw samples, with bytes read and page faults, are in results.json.",
         "",
         *targets(rows, stored("batch"), stored("predictions"), stored("commands")),
     ]

@@ -1,5 +1,6 @@
 """The suite's rows, to be asked: which there are, their medians, ratios of medians, and the bound of a pass."""
 
+import itertools
 import json
 import statistics
 
@@ -34,32 +35,40 @@ class Rows:
         """The one with the largest cap."""
         return (self.where(**wanted) or [None])[-1]
 
-    def compute_seconds(self, model: str) -> float | None:
-        """Of a fully resident steady pass; None where none was measured."""
-        row = self.one(model=model, peer="baseline", cap="100", disk="free")
-        return median(row["runs"], "steady_seconds") if row else None
+    def resident_seconds(self, model: str) -> float | None:
+        """Of a fully resident pass, over all yardsticks of this model."""
+        runs = itertools.chain.from_iterable(row["runs"] for row in self.where(model=model))
+        found = [run["resident_seconds"] for run in runs if "resident_seconds" in run]
+        return statistics.median(found) if found else None
 
-    def of_bound(self, row: Row) -> float | None:
-        """Share of max(bytes streamed / the disk's rate then, resident compute) that the steady pass reached."""
-        if "steady_bytes" not in row["runs"][0]:
-            return None
-        return self.bound_seconds(row, median(row["runs"], "steady_bytes")) / median(row["runs"], "steady_seconds")
 
-    def bound_seconds(self, row: Row, nbytes: float) -> float:
-        """Of a pass that reads so much: the longer of that and resident compute, as if neither slowed the other."""
-        return max(nbytes / rate(row), self.compute_seconds(row["model"]) or 0.0)
+def has(row: Row, field: str) -> bool:
+    """Whether every run has it."""
+    return all(field in run for run in row["runs"])
 
-    def possible_of_bound(self, row: Row) -> float | None:
-        """Share of the bound that is left where the products of one token take memory from the disk's transfers.
 
-        While they run, which in a resident pass is all the time, the disk gives less; None where that is not measured.
-        """
-        resident = self.one(model=row["model"], peer="hermes", cap="100", disk="free")
-        if not row.get("rates_beside_memory") or resident is None:
-            return None
-        computing, nbytes = median(resident["runs"], "steady_seconds"), median(row["runs"], "steady_bytes")
-        left = nbytes - computing * statistics.median(row["rates_beside_memory"])
-        return min(1.0, self.bound_seconds(row, nbytes) / (computing + max(0.0, left) / rate(row)))
+def bound_seconds(run: dict, nbytes: float) -> float:
+    """Of a pass that reads so much: the longer of that and resident computing, as if neither slowed the other.
+
+    Both as they were found beside this run.
+    """
+    return max(nbytes / run["disk_rate"], run["resident_seconds"])
+
+
+def of_bound(row: Row) -> float | None:
+    """Share of its bound that the steady pass reached: the median of the runs' own; None without yardsticks."""
+    if not has(row, "resident_seconds"):
+        return None
+    return statistics.median(bound_seconds(run, run["steady_bytes"]) / run["steady_seconds"] for run in row["runs"])
+
+
+def possible_of_bound(row: Row) -> float | None:
+    """The share that a resident pass reaches while the same bytes are read beside it, which slows both."""
+    if not has(row, "beside_seconds"):
+        return None
+    return statistics.median(
+        min(1.0, bound_seconds(run, run["steady_bytes"]) / run["beside_seconds"]) for run in row["runs"]
+    )
 
 
 def above_floor(row: Row) -> float:
@@ -85,8 +94,3 @@ def cold_pass(row: Row) -> float:
 def steady_seconds(row: Row) -> float:
     """Of a later pass."""
     return median(row["runs"], "steady_seconds")
-
-
-def rate(row: Row) -> float:
-    """The disk's, in bytes a second, beside the row's runs."""
-    return sorted(row["disk_rates"])[len(row["disk_rates"]) // 2]

@@ -20,11 +20,10 @@ from pathlib import Path
 
 import figures
 import results
-from comparators import HERE, PEERS, Peer, packed, prepare, python_of
+from comparators import HERE, PEERS, YARDSTICK, Peer, packed, prepare, python_of
 from conditions import (
     DISKS,
     DOCS,
-    ENCODERS,
     MODELS,
     ROOT,
     disk_rate,
@@ -32,7 +31,6 @@ from conditions import (
     evict,
     last_line,
     profile,
-    rate_beside_memory,
     taken,
     weight_bytes,
 )
@@ -44,6 +42,8 @@ from hermes.units import format_bytes, parse_bytes
 
 TIMEOUT_SECONDS = 300
 """Of one run; one that the kernel keeps busy with reading its own code back would go on for hours."""
+STREAMED = ("hermes", "hermes-nothing-resident")
+"""Whose passes have a bound."""
 TIMELINE = ("gpt2-medium", "600MiB", 4)
 """The run whose agents are drawn: model, budget, new tokens."""
 
@@ -75,6 +75,19 @@ def one_run(
         "charged_peak_bytes": done.peak_bytes,
         "disk_bytes": done.read_bytes,
         "major_faults": done.major_faults,
+    }
+
+
+def yardstick(model: Path, floor: int, disk: str, nbytes: int) -> dict:
+    """What the bound of a run is made of that has just ended: the disk's rate, resident passes, those beside reads.
+
+    A throttled disk gives its rate beside anything, so nothing is read there.
+    """
+    (room,) = caps_of(model, ["100"], floor).values()
+    run = one_run(YARDSTICK, model, room, "free", str(nbytes if disk == "free" else 0))
+    beside = ("beside_seconds",) if disk == "free" else ()
+    return {"disk_rate": disk_rate(model, disk)} | {
+        field: run[field] for field in ("resident_seconds", *beside) if field in run
     }
 
 
@@ -120,11 +133,9 @@ def measure(
             floor = floor or floor_bytes(model)
             sizes = caps_of(model, caps, floor)
             found: dict[tuple[str, str], list[dict]] = {}
-            rates, beside = [], []
+            rates: list[float] = []
             for _ in range(samples):
                 rates.append(disk_rate(model, disk))
-                if disk == "free" and name not in ENCODERS:
-                    beside.append(rate_beside_memory(model))
                 for cap, peer in itertools.product(sizes, peers):
                     kind = PEERS[peer]
                     if name not in kind.only or (kind.whole and cap != "100" in sizes):
@@ -133,11 +144,14 @@ def measure(
                     if any("error" in run for run in runs):
                         continue
                     why = prepare(kind, model)
-                    runs.append(
+                    run = (
                         {"error": why}
                         if why
                         else one_run(kind, model, sizes[cap], disk, timeout_seconds=timeout_seconds)
                     )
+                    if peer in STREAMED and cap != "100" and "error" not in run:
+                        run |= yardstick(model, floor, disk, run["steady_bytes"])
+                    runs.append(run)
                     print(name, cap, disk, peer, summary(runs[-1]), flush=True)
             for (cap, peer), runs in found.items():
                 key = {"model": name, "cap": cap, "disk": disk, "peer": peer}
@@ -145,7 +159,7 @@ def measure(
                 rows.append(
                     key | {
                         "cap_bytes": sizes[cap], "weight_bytes": weight_bytes(model), "disk_rates": rates,
-                        "rates_beside_memory": beside, "taken": taken(), "runs": runs,
+                        "taken": taken(), "runs": runs,
                     }
                 )  # fmt: skip
             (DOCS / "results.json").write_text(json.dumps({"rows": rows}, indent=1))

@@ -42,19 +42,22 @@ def row(peer, cap, *, first=4.0, steady=1.0, peak=500, floor=200, disk="free", m
     }
 
 
-def test_the_bound_is_the_disk_or_the_resident_pass(results):
-    disk_bound = row("hermes", "25", steady=1.0, steady_bytes=1.8e9)
-    compute_bound = row("hermes", "75", steady=0.5, steady_bytes=0.2e9)
-    rows = results.Rows([disk_bound, compute_bound, row("baseline", "100", steady=0.4)])
-    assert rows.of_bound(disk_bound) == pytest.approx(0.9)
-    assert rows.of_bound(compute_bound) == pytest.approx(0.8)
+def test_the_bound_is_the_disk_or_the_resident_pass_beside_the_same_run(results):
+    disk_bound = {"steady_seconds": 1.0, "steady_bytes": 1.8e9, "disk_rate": 2e9, "resident_seconds": 0.4}
+    compute_bound = {"steady_seconds": 0.5, "steady_bytes": 0.2e9, "disk_rate": 2e9, "resident_seconds": 0.4}
+    slow_disk = disk_bound | {"disk_rate": 1.8e9}
+    assert results.of_bound({"runs": [disk_bound]}) == pytest.approx(0.9)
+    assert results.of_bound({"runs": [disk_bound, compute_bound, slow_disk]}) == pytest.approx(0.9)
+    assert results.of_bound(row("hermes", "75", steady_bytes=1e9)) is None  # no yardstick beside it
 
 
 def test_a_headline_counts_memory_above_each_floor_and_takes_the_fastest_that_saves_enough(results):
-    small = row("hermes", "10", first=2.0, peak=330, floor=230)  # 100 MiB above its floor: 92 % less
+    small = row(
+        "hermes", "10", first=2.0, peak=330, floor=230, disk_rate=2e9, resident_seconds=0.8
+    )  # 100 MiB above its floor: 92 % less
     large = row("hermes", "50", first=1.5, peak=900, floor=230)
     theirs = row("pipeswitch-torch", "100", first=9.0, peak=1650, floor=400)  # 1250 MiB
-    rows = results.Rows([small, large, theirs, row("baseline", "100", steady=0.8)])
+    rows = results.Rows([small, large, theirs])
     first, cold = results.headlines(rows)
     assert first == ("bert-large", "first output", pytest.approx(4.5), pytest.approx(1 - 100 / 1250), None, small)
     assert cold[1:3] == ("cold pass", pytest.approx(8.0))
@@ -98,13 +101,11 @@ def test_predictions_count_the_rows_within_reach(results):
     assert "peak within 5% in 2 of 2 rows" in text
 
 
-def test_what_a_decoder_can_reach_of_its_bound_counts_the_disk_slowed_by_its_products(results):
-    streamed = row("hermes", "25", model="llama-3b", steady=1.2, steady_bytes=2e9) | {"rates_beside_memory": [1e9]}
-    resident = row("hermes", "100", model="llama-3b", steady=0.4, steady_bytes=0)
-    rows = results.Rows([streamed, resident])
-    # 0.4 s at 1 GB/s, then 1.6 GB at 2 GB/s, where the bound is 2 GB at 2 GB/s.
-    assert rows.possible_of_bound(streamed) == pytest.approx(1.0 / 1.2)
-    assert rows.possible_of_bound(resident) is None
+def test_what_is_possible_is_a_resident_pass_beside_the_same_reads(results):
+    run = {"steady_seconds": 1.3, "steady_bytes": 2e9, "disk_rate": 2e9, "resident_seconds": 0.4}
+    assert results.possible_of_bound({"runs": [run | {"beside_seconds": 1.25}]}) == pytest.approx(0.8)
+    assert results.possible_of_bound({"runs": [run | {"beside_seconds": 0.9}]}) == 1.0  # the disk's rate is a sample
+    assert results.possible_of_bound({"runs": [run]}) is None
 
 
 def test_a_command_is_compared_with_importing_and_the_bound_of_a_pass(results):
@@ -121,7 +122,7 @@ def test_a_command_is_compared_with_importing_and_the_bound_of_a_pass(results):
     }
     draft = {"kind": "draft", "model": "gpt2-medium", "budget": "1GiB",
              "runs": {"sweeps": {"1": [1.0], "8": [1.1]}, **drafted}}  # fmt: skip
-    rows = results.Rows([row("baseline", "100", steady=1.0)])
+    rows = results.Rows([row("hermes", "100", resident_seconds=1.0, steady_bytes=0, disk_rate=2e9)])
     text = "\n".join(results.targets(rows, [], [], [shell, draft]))
     assert "importing (packages) and the bound, of hermes run | bert-large, 600MiB | 0.60 | 0.80 | missed" in text
     assert "importing (classes) and the bound, of hermes run | bert-large, 600MiB | 1.00 | 0.80 | met" in text
