@@ -27,7 +27,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/budgets.py
+	$(BIN)/python benchmarks/suite.py --peer hermes --peer baseline --cap 400MiB --cap 25 --cap 50 --cap 75 --cap 100
 
 # The decoder of packed weights under AddressSanitizer and UndefinedBehaviorSanitizer; FUZZ_SECONDS and CXX may be given.
 # A clang's libFuzzer: make fuzz CXX=clang++ FUZZ_FLAGS="-fsanitize=fuzzer -DHERMES_LIBFUZZER" FUZZ_SECONDS=-max_total_time=60

@@ -21,10 +21,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import results
-from conditions import DOCS, MIB, ROOT, environment, evict, last_line, median, taken
-from rows import stored
+from conditions import MIB, ROOT, cold_run, last_line, median, taken
+from rows import keep, stored
 
-from capped import run_capped
 from hermes.checkpoint.synth import synth
 from hermes.units import parse_bytes
 
@@ -70,14 +69,12 @@ def directories(model: str, room: Path) -> Path:
 
 def run(model: Path, texts: Path, output: Path, *, budget_bytes: int | None, capped: bool = True) -> dict:
     """One cold process over the whole file: what `hermes run --json` says of it."""
-    evict(model)
     memory = ["--resident"] if budget_bytes is None else ["--budget", str(budget_bytes)]
     files = ["--input", str(texts), "--output", str(output)]
-    done = run_capped(
+    done = cold_run(
         [sys.executable, "-m", "hermes", "run", str(model), *memory, *files, "--pool", "mean", "--json"],
+        model,
         limit_bytes=budget_bytes if budget_bytes and capped else 1 << 40,
-        cwd=ROOT,
-        env=environment(ROOT / "models" / "batch", "free"),
         timeout_seconds=TIMEOUT_SECONDS,
     )
     if done.returncode:
@@ -110,9 +107,7 @@ def compare(wanted: Path, made: Path) -> str:
 
 def measure(name: str, modes: list[str], count: int, samples: int) -> None:
     """In turns; the row keeps what the other mode had."""
-    rows = stored("batch")
-    row = next((row for row in rows if row["model"] == name), {"model": name})
-    rows = [other for other in rows if other is not row]
+    row = next((row for row in stored("batch") if row["model"] == name), {"model": name})
     with tempfile.TemporaryDirectory(dir=ROOT / "models") as room:
         texts = Path(room) / "texts.jsonl"
         texts.write_text("".join(json.dumps(sentence) + "\n" for sentence in sentences(count)))
@@ -136,7 +131,7 @@ def measure(name: str, modes: list[str], count: int, samples: int) -> None:
         row |= found | {"taken": taken()}
         if all(path.exists() for path in kept.values()):
             row["outputs"] = compare(kept["resident"], kept["streamed"])
-    (DOCS / "batch.json").write_text(json.dumps({"rows": [*rows, row]}, indent=1))
+    keep("batch", [row], keys=("model",))
     results.write()
 
 

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import results
 from comparators import HERE
-from conditions import DOCS, ENCODERS, MODELS, ROOT, disk_rate, environment, evict, last_line, profile, taken
-from rows import stored
+from conditions import ENCODERS, MODELS, ROOT, cold_run, disk_rate, last_line, profile, taken
+from rows import keep
 
-from capped import run_capped
 from hermes.checkpoint.synth import synth
 from hermes.units import parse_bytes
 
@@ -35,14 +34,7 @@ TIMEOUT_SECONDS = 1200
 
 def timed(command: list[str], model: Path, budget: str) -> tuple[float, str]:
     """Seconds of a cold process, and what it printed."""
-    evict(model)
-    done = run_capped(
-        [sys.executable, *command],
-        limit_bytes=parse_bytes(budget),
-        cwd=ROOT,
-        env=environment(model, "free"),
-        timeout_seconds=TIMEOUT_SECONDS,
-    )
+    done = cold_run([sys.executable, *command], model, limit_bytes=parse_bytes(budget), timeout_seconds=TIMEOUT_SECONDS)
     if done.returncode:
         sys.exit(f"{' '.join(command)}: {last_line(done.stderr)}")
     return done.seconds, done.stdout
@@ -74,14 +66,6 @@ def draft(name: str, budget: str, new_tokens: int) -> dict:
     return {"kind": "draft", "model": name, "budget": budget, "runs": json.loads(said), "taken": taken()}
 
 
-def keep(new: dict) -> None:
-    """Replace the row of the same kind and model."""
-    rows = [row for row in stored("commands") if (row["kind"], row["model"]) != (new["kind"], new["model"])]
-    rows = sorted([*rows, new], key=lambda row: (row["kind"], MODELS.index(row["model"])))
-    (DOCS / "commands.json").write_text(json.dumps({"rows": rows}, indent=1))
-    results.write()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("shell", "draft"))
@@ -90,9 +74,11 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--samples", type=int, default=5)
     options = parser.parse_args()
-    keep(
+    row = (
         shell(options.samples) if options.kind == "shell" else draft(options.model, options.budget, options.new_tokens)
     )
+    keep("commands", [row], keys=("kind", "model"))
+    results.write()
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
+from capped import CappedRun, run_capped  # noqa: E402
 from hermes.checkpoint import open_checkpoint, open_reader  # noqa: E402
 from hermes.profile.disk import measure_bandwidth  # noqa: E402
 
@@ -39,14 +41,33 @@ def evict(model: Path) -> None:
                 os.close(fd)
 
 
-def environment(model: Path, disk: str) -> dict[str, str]:
+def environment(disk: str) -> dict[str, str]:
     """For a process that shall run this source, with the profile that was taken of this disk."""
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT / "src"),
-        "XDG_CACHE_HOME": str(model.parent / f".profiles-{disk}"),
+        "XDG_CACHE_HOME": str(ROOT / "models" / f".profiles-{disk}"),
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def cold_run(
+    command: Sequence[str | Path], model: Path, *, limit_bytes: int, disk: str = "free", timeout_seconds: float
+) -> CappedRun:
+    """A process in a cgroup of `limit_bytes` and on a throttled disk, nothing of the model in the page cache.
+
+    Raises subprocess.TimeoutExpired.
+    """
+    evict(model)
+    return run_capped(
+        command,
+        limit_bytes=limit_bytes,
+        read_bytes_per_second=None if disk == "free" else int(disk) * 10**6,
+        disk_of=model,
+        cwd=ROOT,
+        env=environment(disk),
+        timeout_seconds=timeout_seconds,
+    )
 
 
 def profile(name: str, model: Path, disk: str) -> None:
@@ -55,17 +76,17 @@ def profile(name: str, model: Path, disk: str) -> None:
     That is what profiling under the throttle would find, without reading the weights ten times at its speed.
     """
     workload = ["--seq", "128"] if name in ENCODERS else ["--seq", "16", "--new-tokens", "8"]
-    stamp = model.parent / ".profiles-free" / name
+    stamp = ROOT / "models" / ".profiles-free" / name
     source = str(taken()["commit"])
     if not stamp.exists() or stamp.read_text() != source:
         subprocess.run(
             [sys.executable, "-m", "hermes", "profile", str(model), *workload],
-            check=True, capture_output=True, env=environment(model, "free"),
+            check=True, capture_output=True, env=environment("free"),
         )  # fmt: skip
         stamp.write_text(source)
     if disk == "free":
         return
-    free, throttled = (Path(environment(model, which)["XDG_CACHE_HOME"]) for which in ("free", disk))
+    free, throttled = (Path(environment(which)["XDG_CACHE_HOME"]) for which in ("free", disk))
     shutil.copytree(free, throttled, dirs_exist_ok=True)
     for path in (throttled / "hermes" / "profiles").glob("*.json"):
         record = json.loads(path.read_text())

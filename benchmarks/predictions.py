@@ -11,13 +11,11 @@ docs/results.md.
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import results
 from comparators import PEERS
-from conditions import DISKS, DOCS, MODELS, ROOT, median, profile, taken
-from rows import stored
+from conditions import DISKS, MODELS, ROOT, median, profile, taken
+from rows import keep
 from suite import one_run
 
 from hermes.checkpoint.synth import synth
@@ -106,14 +104,7 @@ def choice(name: str, budget: str) -> list[dict]:
     ]  # fmt: skip
 
 
-def keep(new: list[dict]) -> None:
-    """Replace rows of the same kind, model, budget and disk."""
-    keys = ("kind", "model", "budget", "disk")
-    names = {tuple(row[key] for key in keys) for row in new}
-    rows = [row for row in stored("predictions") if tuple(row[key] for key in keys) not in names] + new
-    rows.sort(key=lambda r: (r["kind"], MODELS.index(r["model"]), DISKS.index(r["disk"]), parse_bytes(r["budget"])))
-    Path(DOCS / "predictions.json").write_text(json.dumps({"rows": rows}, indent=1))
-    results.write()
+KEYS = ("kind", "model", "budget", "disk")
 
 
 def main() -> None:
@@ -126,10 +117,11 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.model or ("bert-large", "vit-large", "gpt2-medium"):
         if options.kind == "choice":
-            keep(choice(name, options.budget))
+            keep("predictions", choice(name, options.budget), keys=KEYS)
             continue
         for disk in options.disk or ("free", "500", "250"):
-            keep(grid(name, disk, options.samples))
+            keep("predictions", grid(name, disk, options.samples), keys=KEYS)
+    results.write()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import figures
 from commands_table import SHELL_REACH, commands_tables, draft_ratios, shell_ratios
 from comparators import PEERS
-from conditions import DOCS, ENCODERS, MODELS, median
+from conditions import DOCS, ENCODERS, MODELS, ROOT, median
 from paper import HEADLINES, headlines, paper_tables
 from rows import Row, Rows, failed, of_bound, possible_of_bound, ratio, stored
 
@@ -238,8 +238,41 @@ def error(row: Row, field: str) -> float:
     return row["measured"][field] / row["predicted"][field] - 1
 
 
+README = """\
+| model | budget | peak | same bits | seconds a pass | GB read a pass | of bound | all resident: s a pass, peak |
+|---|---|---|---|---|---|---|---|"""
+"""The README's table: Hermes where its weights stream, the disk as it is, beside plain transformers."""
+
+
+def readme_table(rows: Rows) -> str:
+    """One line for each budget, and the resident passes that outputs are compared with."""
+    lines = [README]
+    for model in MODELS:
+        whole = rows.one(model=model, peer="baseline", cap="100", disk="free")
+        for row in rows.where(model=model, peer="hermes", disk="free"):
+            if whole is None or row["cap"] == "100" or (share := of_bound(row)) is None:
+                continue
+            same = {run["digest"] for run in row["runs"]} == {whole["runs"][0]["digest"]}
+            peak, whole_peak = (format_bytes(int(median(r["runs"], "peak_bytes"))) for r in (row, whole))
+            seconds, whole_seconds = (median(r["runs"], "steady_seconds") for r in (row, whole))
+            gigabytes = median(row["runs"], "steady_bytes") / 1e9
+            lines.append(
+                f"| {model} | {format_bytes(row['cap_bytes'])} | {peak} | {'yes' if same else 'no'} | {seconds:.2f} "
+                f"| {gigabytes:.2f} | {share:.2f} | {whole_seconds:.2f}, {whole_peak} |"
+            )
+    return "\n".join(lines)
+
+
+def write_readme(rows: Rows) -> None:
+    """The table, between its marks."""
+    path = ROOT / "README.md"
+    before, begin, rest = path.read_text().partition("<!-- results:begin -->")
+    _, end, after = rest.partition("<!-- results:end -->")
+    path.write_text(f"{before}{begin}\n{readme_table(rows)}\n{end}{after}")
+
+
 def write() -> None:
-    """docs/results.md, docs/results-MODEL.svg and docs/timeline.svg."""
+    """docs/results.md, docs/results-MODEL.svg, docs/timeline.svg, and the README's table."""
     rows = Rows(stored("results"))
     last = max((row["taken"] for row in rows.rows), key=lambda taken: taken["date"], default=None)
     text = ["# Hermes beside its peers", ""]
@@ -274,6 +307,7 @@ def write() -> None:
             "![timeline of the agents](timeline.svg)",
             "",
         ]
+    write_readme(rows)
     text += commands_tables(stored("commands"), rows)
     text += [*batch_table(stored("batch")), *predictions_tables(stored("predictions")), *paper_tables(rows)]
     Path(DOCS / "results.md").write_text("\n".join(text))

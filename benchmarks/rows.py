@@ -4,7 +4,7 @@ import itertools
 import json
 import statistics
 
-from conditions import DOCS, median
+from conditions import DISKS, DOCS, MODELS, median
 
 Row = dict
 
@@ -13,6 +13,20 @@ def stored(name: str) -> list[Row]:
     """The rows of docs/NAME.json."""
     path = DOCS / f"{name}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def keep(name: str, new: list[Row], *, keys: tuple[str, ...]) -> None:
+    """Write docs/NAME.json with these rows in the place of those that have the same under `keys`."""
+    replaced = {tuple(row[key] for key in keys) for row in new}
+    rows = [row for row in stored(name) if tuple(row[key] for key in keys) not in replaced] + new
+    rows.sort(key=_place)
+    (DOCS / f"{name}.json").write_text(json.dumps({"rows": rows}, indent=1))
+
+
+def _place(row: Row) -> tuple[object, ...]:
+    """In the order of the lists of models and disks; rows of one place stay as they came."""
+    model, disk = row["model"], row.get("disk", "free")
+    return row.get("kind", ""), model not in MODELS, model in MODELS and MODELS.index(model), DISKS.index(disk)
 
 
 def failed(row: Row) -> str | None:
@@ -79,6 +93,11 @@ def above_floor(row: Row) -> float:
 def ratio(theirs: Row, ours: Row, field: str) -> float:
     """Of medians."""
     return median(theirs["runs"], field) / median(ours["runs"], field)
+
+
+def rate(row: Row) -> float:
+    """The disk's, in bytes a second, over the row's samples."""
+    return statistics.median(row["disk_rates"])
 
 
 def first_seconds(row: Row) -> float:

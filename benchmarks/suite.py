@@ -26,6 +26,7 @@ from conditions import (
     DOCS,
     MODELS,
     ROOT,
+    cold_run,
     disk_rate,
     environment,
     evict,
@@ -34,9 +35,8 @@ from conditions import (
     taken,
     weight_bytes,
 )
-from rows import stored
+from rows import keep
 
-from capped import run_capped
 from hermes.checkpoint.synth import synth
 from hermes.units import format_bytes, parse_bytes
 
@@ -52,16 +52,13 @@ def one_run(
     peer: Peer, model: Path, cap_bytes: int, disk: str, *more: str, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> dict:
     """A cold process in a cgroup of `cap_bytes`."""
-    evict(model)
     script_name, *arguments = peer.command(model, cap_bytes)
     try:
-        done = run_capped(
+        done = cold_run(
             [python_of(peer), HERE / script_name, *arguments, *more],
+            model,
             limit_bytes=cap_bytes,
-            read_bytes_per_second=None if disk == "free" else int(disk) * 10**6,
-            disk_of=model,
-            cwd=ROOT,
-            env=environment(model, disk),
+            disk=disk,
             timeout_seconds=timeout_seconds,
         )
     except subprocess.TimeoutExpired:
@@ -95,7 +92,7 @@ def floor_bytes(model: Path) -> int:
     """Hermes's own before any weight, asked of a plan."""
     done = subprocess.run(
         [sys.executable, "-m", "hermes", "plan", str(model), "--budget", "64GiB", "--json", "-"],
-        capture_output=True, text=True, check=True, env=environment(model, "free"),
+        capture_output=True, text=True, check=True, env=environment("free"),
     )  # fmt: skip
     return int(json.loads(done.stdout)["plan"]["floor_bytes"])
 
@@ -116,7 +113,6 @@ def measure(
     peers: list[str],
     samples: int,
     timeout_seconds: float,
-    rows: list[dict],
 ) -> None:
     """Run everything that was asked, caps and peers of a sample one after the other, so that a machine's better and
     worse minutes are everybody's. Replaces rows of the same kind.
@@ -153,16 +149,14 @@ def measure(
                         run |= yardstick(model, floor, disk, run["steady_bytes"])
                     runs.append(run)
                     print(name, cap, disk, peer, summary(runs[-1]), flush=True)
-            for (cap, peer), runs in found.items():
-                key = {"model": name, "cap": cap, "disk": disk, "peer": peer}
-                rows[:] = [row for row in rows if any(row[k] != v for k, v in key.items())]
-                rows.append(
-                    key | {
-                        "cap_bytes": sizes[cap], "weight_bytes": weight_bytes(model), "disk_rates": rates,
-                        "taken": taken(), "runs": runs,
-                    }
-                )  # fmt: skip
-            (DOCS / "results.json").write_text(json.dumps({"rows": rows}, indent=1))
+            new = [
+                {
+                    "model": name, "cap": cap, "disk": disk, "peer": peer, "cap_bytes": sizes[cap],
+                    "weight_bytes": weight_bytes(model), "disk_rates": rates, "taken": taken(), "runs": runs,
+                }
+                for (cap, peer), runs in found.items()
+            ]  # fmt: skip
+            keep("results", new, keys=("model", "cap", "disk", "peer"))
 
 
 def summary(run: dict) -> str:
@@ -185,7 +179,7 @@ def record_timeline() -> None:
     command = ["run", str(model), "--budget", budget, "--prompt", "The memory of a machine is", "--json"]
     subprocess.run(
         [sys.executable, "-m", "hermes", *command, "--max-new-tokens", str(tokens), "--trace", trace],
-        check=True, capture_output=True, env=environment(model, "free"),
+        check=True, capture_output=True, env=environment("free"),
     )  # fmt: skip
     figures.timeline(json.loads(trace.read_text())["traceEvents"], DOCS / "timeline.svg")
 
@@ -216,7 +210,6 @@ def main() -> None:
             options.peer or list(PEERS),
             options.samples,
             options.timeout,
-            stored("results"),
         )
     results.write()
 

@@ -17,7 +17,11 @@ from work import ENCODER_TOKENS, NEW_TOKENS, PROMPT_TOKENS, Work, report  # noqa
 
 import hermes  # noqa: E402
 import hermes.api  # noqa: E402
+from hermes.model.lean import lean_imports  # noqa: E402
 from hermes.plan import search  # noqa: E402
+
+with lean_imports():  # as Hermes imports it; before the clock, as for every peer that is made of it
+    import transformers  # noqa: F401
 
 
 def main() -> None:

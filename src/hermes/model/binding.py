@@ -17,6 +17,7 @@ from torch.nn import functional
 from hermes.errors import EngineError
 from hermes.memory.arena import Arena
 from hermes.model.blocks import Block, Bound, LoadFactory
+from hermes.model.mapping import is_plain_linear
 from hermes.model.quantized import QuantizedRows
 from hermes.model.units import Partition, Unit
 from hermes.pipeload import Load, Place
@@ -201,8 +202,8 @@ class Binding:
         """A linear layer that `product` computes, nothing but a matrix in bf16, or one that is quantised."""
         if isinstance(self._blocks[block].matrices.get(unit.module), QuantizedRows):
             return True
-        plain = type(module).forward is nn.Linear.forward and module.weight.dtype == torch.bfloat16
         weight = f"{unit.module}.weight" if unit.module else "weight"
+        plain = is_plain_linear(module) and module.weight.dtype == torch.bfloat16
         return plain and unit.parameters == (self._factory.canonical(weight),)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:

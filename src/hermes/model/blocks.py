@@ -11,7 +11,7 @@ from torch import nn
 
 from hermes.checkpoint.chunks import PackedFile
 from hermes.checkpoint.index import DTYPE_BYTES, Extent
-from hermes.model.mapping import Source
+from hermes.model.mapping import Source, is_plain_linear
 from hermes.model.product import PackedRows, finish, linear
 from hermes.model.quantized import SCALE_BYTES, QuantizedRows
 from hermes.model.trace import tensors_in
@@ -227,8 +227,7 @@ class LoadFactory:
         self._linears = {
             prefix: home
             for prefix, child in module.named_modules()
-            if isinstance(child, nn.Linear)
-            and type(child).forward is nn.Linear.forward
+            if is_plain_linear(child)
             and id(home := self._homes[f"{prefix}.weight" if prefix else "weight"]) in quantized
         }
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from hermes.errors import ModelError
 from hermes.model.quantized import QuantizedMatrix
 from hermes.model.runs import Runs
 
-__all__ = ["Source", "WeightMap", "is_transformers_model", "map_weights"]
+__all__ = ["Source", "WeightMap", "is_plain_linear", "is_transformers_model", "map_weights"]
 
 _PREFIXES = ("module.", "model.")
 _NUM_NAMED = 5
@@ -84,6 +84,11 @@ def is_transformers_model(module: nn.Module) -> bool:
     """Whether this is a PreTrainedModel. Imports nothing: if transformers is not there yet, it cannot be one."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling it is `functional.linear` with its weight and bias, and nothing that a class has added."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _map_plain(module: nn.Module, entries: Mapping[str, TensorEntry]) -> WeightMap:

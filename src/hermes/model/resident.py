@@ -12,7 +12,7 @@ from torch import nn
 from hermes.checkpoint import Checkpoint, Extent, open_reader
 from hermes.checkpoint.unpack import read_unpacked
 from hermes.model.blocks import Stray, torch_dtype
-from hermes.model.mapping import Source, map_weights
+from hermes.model.mapping import Source, is_plain_linear, map_weights
 from hermes.model.quantized import QuantizedMatrix
 from hermes.model.skeleton import build_skeleton, finish_skeleton
 
@@ -70,7 +70,7 @@ def load_quantized(
                 if tensor is None or id(tensor) not in homes:
                     continue
                 table[name] = homes[id(tensor)]
-                if name == "weight" and id(tensor) in matrices and type(module).forward is nn.Linear.forward:
+                if name == "weight" and id(tensor) in matrices and is_plain_linear(module):
                     module.__dict__["forward"] = functools.partial(_linear, module, matrices[id(tensor)])
     return model
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import nn
 
-from hermes.model.mapping import Source, WeightMap
+from hermes.model.mapping import Source, WeightMap, is_plain_linear
 from hermes.model.trace import Trace, Use
 
 __all__ = ["GRANULARITIES", "Granularity", "Partition", "Unit", "group_units", "partition"]
@@ -249,8 +249,7 @@ class _Tables:
         """A linear layer with far more outputs than inputs, of two ranges of rows or more."""
         module = self.modules[name]
         return (
-            isinstance(module, nn.Linear)
-            and type(module).forward is nn.Linear.forward
+            is_plain_linear(module)
             and module.out_features > max(4 * module.in_features, 2 * head_rows - 1)
             and self._is_plain(self.weight(name))
         )
@@ -260,8 +259,7 @@ class _Tables:
         module = self.modules[name]
         return (
             most_bytes is not None
-            and isinstance(module, nn.Linear)
-            and type(module).forward is nn.Linear.forward
+            and is_plain_linear(module)
             and self._is_plain(self.weight(name))
             and self.nbytes(self.weight(name)) > most_bytes
         )

@@ -18,7 +18,7 @@ from hermes.model.binding import ROWS_AT_A_TIME_BYTES
 from hermes.model.blocks import Block, LoadFactory, torch_dtype
 from hermes.model.inputs import example_inputs, max_length, vocabulary_size
 from hermes.model.lean import lean_imports
-from hermes.model.mapping import WeightMap, is_transformers_model, map_weights
+from hermes.model.mapping import WeightMap, is_plain_linear, is_transformers_model, map_weights
 from hermes.model.product import can_stay_packed
 from hermes.model.skeleton import build_skeleton, finish_skeleton
 from hermes.model.trace import Trace, trace_apart
@@ -137,8 +137,7 @@ class Prepared:
     def _can_stay_packed(self, unit: Unit) -> bool:
         module, source = self.module.get_submodule(unit.module), self.weights.sources[unit.parameters[0]]
         return (
-            isinstance(module, nn.Linear)
-            and type(module).forward is nn.Linear.forward
+            is_plain_linear(module)
             and module.weight is self.module.get_parameter(unit.parameters[0])
             and source.convert is None
             and len(source.extents) == 1

@@ -11,6 +11,7 @@ from torch import nn
 from hermes.checkpoint import Extent
 from hermes.checkpoint.quantized import GROUP, STEP, can_be_quantized
 from hermes.errors import InputError
+from hermes.model.mapping import is_plain_linear
 from hermes.session.prepare import Prepared, prepare_model
 from hermes.session.workload import Workload
 
@@ -71,6 +72,6 @@ def _reason(prepared: Prepared, path: str, module: nn.Linear, *, is_plain: bool,
         return "vocabulary head"
     if not can_be_quantized(tuple(module.weight.shape)):
         return f"rows no multiple of {STEP} or columns of {GROUP}"
-    if not is_plain or type(module).forward is not nn.Linear.forward:
+    if not is_plain or not is_plain_linear(module):
         return "merged, shared or computed in another way"
     return None if streams else "small, or used in several places"
