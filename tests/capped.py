@@ -19,6 +19,8 @@ from typing import TypeVar
 
 import pytest
 
+from hermes.memory.pages import drop_idle_pages
+
 __all__ = ["CappedRun", "requires_cgroup", "run_capped", "why_no_cgroup"]
 
 _ROOT = Path("/sys/fs/cgroup")
@@ -68,10 +70,12 @@ def run_capped(
 ) -> CappedRun:
     """Run the command under `limit_bytes`, and under a read limit on the disk that holds `disk_of` if one is given.
 
-    The page cache is dropped first where that is allowed: pages that another process has cached would be free to this
-    one. Raises subprocess.TimeoutExpired after killing everything in the group.
+    The page cache is dropped first where that is allowed, with what this process has mapped of libraries: pages that
+    another process has cached would be free to that one. Raises subprocess.TimeoutExpired after killing everything in
+    the group.
     """
     if drop_caches:
+        drop_idle_pages()
         os.sync()
         with contextlib.suppress(OSError):
             Path("/proc/sys/vm/drop_caches").write_text("3")
