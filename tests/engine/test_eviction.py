@@ -7,7 +7,15 @@ import types
 
 import pytest
 
-from hermes.engine.daemon import FAULT_STEP_BYTES, FAULTS_PER_SECOND, FaultMeter, MemorySample, bytes_to_give_back
+from hermes.engine.daemon import (
+    FAULT_STEP_BYTES,
+    FAULTS_PER_SECOND,
+    TRIM_BYTES,
+    FaultMeter,
+    MemorySample,
+    WorkingSet,
+    bytes_to_give_back,
+)
 from hermes.errors import BudgetError
 
 NUM_BLOCKS = 5
@@ -27,10 +35,30 @@ class Process:
     def __call__(self):
         return self.others + (self.ledger.accounts.get("resident", 0) if self.ledger is not None else 0)
 
+    def trimmed(self, limit_bytes):
+        return self()
+
     def watch(self, run, *, over=0):
         """From now on the process holds `over` more than its limit."""
         self.ledger = run.ledger
         self.others = LIMIT + over - run.ledger.accounts["resident"]
+
+
+def test_heap_goes_back_before_the_limit_and_again_after_as_much_more(monkeypatch):
+    held = {"weights": 0, "heap": 0}
+    monkeypatch.setattr("hermes.engine.daemon.mapped_bytes", lambda: 0)
+    monkeypatch.setattr("hermes.engine.daemon.resident_bytes", lambda: sum(held.values()))
+    monkeypatch.setattr("hermes.engine.daemon.trim_heap", lambda: held.update(heap=0))
+    working_set = WorkingSet()
+
+    def look(weights, heap):
+        held.update(weights=weights, heap=heap)
+        return working_set.trimmed(LIMIT)
+
+    assert look(LIMIT - TRIM_BYTES - 2, 2) == LIMIT - TRIM_BYTES  # far enough
+    assert look(LIMIT - TRIM_BYTES, 2) == LIMIT - TRIM_BYTES
+    assert look(LIMIT - TRIM_BYTES, 2) == LIMIT - TRIM_BYTES + 2  # not again for so little
+    assert look(LIMIT - TRIM_BYTES, TRIM_BYTES + 1) == LIMIT - TRIM_BYTES  # above the limit
 
 
 @pytest.fixture

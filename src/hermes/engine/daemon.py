@@ -35,12 +35,21 @@ class WorkingSet:
 
     def __init__(self) -> None:
         self._mapped_bytes = 0
+        self._trimmed_bytes = 0  # when heap was last given back
 
     def __call__(self) -> int:
         """Now; some microseconds."""
         mapped = mapped_bytes()
         self._mapped_bytes = max(self._mapped_bytes, mapped)
         return resident_bytes() - mapped + self._mapped_bytes
+
+    def trimmed(self, limit_bytes: int) -> int:
+        """The same, free heap given back before it comes to the limit. Milliseconds, where there is any."""
+        needed = self()
+        if needed > min(limit_bytes, max(limit_bytes - TRIM_BYTES, self._trimmed_bytes + TRIM_BYTES)):
+            trim_heap()
+            needed = self._trimmed_bytes = self()
+        return needed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +127,6 @@ class DaemonAgent:
         self._on_error = on_error
         self._clock = clock
         self._working_set = WorkingSet()
-        self._trimmed_bytes = 0  # the process after its heap was last given back
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hermes-daemon", daemon=True)
         self._thread.start()
@@ -129,10 +137,8 @@ class DaemonAgent:
         if limit_bytes is None:
             return
         with self._lock:
-            needed = self._working_set()  # under the lock: a figure from before an eviction would evict twice
-            if needed > min(limit_bytes, max(limit_bytes - TRIM_BYTES, self._trimmed_bytes + TRIM_BYTES)):
-                trim_heap()
-                needed = self._trimmed_bytes = self._working_set()
+            # Under the lock: a figure from before an eviction would evict twice.
+            needed = self._working_set.trimmed(limit_bytes)
             excess = bytes_to_give_back(
                 MemorySample(needed_bytes=needed, limit_bytes=limit_bytes, faults_per_second=faults_per_second)
             )

@@ -8,7 +8,6 @@ from hermes.errors import HermesError
 from hermes.fleet.quota import Need, lend
 from hermes.fleet.turns import Turns
 from hermes.fleet.worker import Worker
-from hermes.memory.allocator import trim_heap
 from hermes.memory.ledger import Ledger
 
 __all__ = ["Shares"]
@@ -141,9 +140,7 @@ class Shares:
 
     def _relieve(self) -> None:
         """Where the process outgrows its budget, the model that keeps most for its importance gives bytes back."""
-        needed = self._working_set()
-        if needed > self._watched_bytes and trim_heap():
-            needed = self._working_set()
+        needed = self._working_set.trimmed(self._watched_bytes)
         excess = bytes_to_give_back(MemorySample(needed_bytes=needed, limit_bytes=self._watched_bytes))
         if not excess:
             return
