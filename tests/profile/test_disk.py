@@ -14,14 +14,16 @@ PIECE_SECONDS = 0.02
 
 
 class SlowReader:
-    """A disk that takes its time for each piece, and remembers which were asked for."""
+    """A disk that takes its time for each piece but the first `at_once`, and remembers which were asked for."""
 
     def __init__(self, reader):
         self._reader = reader
         self.places = []
+        self.at_once = 0
 
     def read_into(self, file, offset, target, required):
-        time.sleep(PIECE_SECONDS)
+        if len(self.places) >= self.at_once:
+            time.sleep(PIECE_SECONDS)
         self.places.append((file, offset))
         return self._reader.read_into(file, offset, target, required)
 
@@ -39,12 +41,19 @@ def test_a_sample_reads_each_place_once_or_stops_in_time(disk, num_agents):
     checkpoint, reader = disk
     sample = {"sample_bytes": 12 * MIB, "agent_counts": [num_agents], "piece_sizes": [MIB]}
     (record,) = measure_bandwidth(checkpoint, reader, **sample)
-    assert len(reader.places) == len(set(reader.places)) == 12
+    assert len(reader.places) == len(set(reader.places)) == 12 + num_agents
     assert record.bytes_per_second <= num_agents * MIB / PIECE_SECONDS
     reader.places.clear()
     (record,) = measure_bandwidth(checkpoint, reader, **sample, seconds=PIECE_SECONDS / 2)
-    assert len(reader.places) == num_agents
+    assert len(reader.places) == 2 * num_agents
     assert record.bytes_per_second <= num_agents * MIB / PIECE_SECONDS
+
+
+def test_what_a_pause_has_saved_up_is_no_rate(disk):
+    checkpoint, reader = disk
+    reader.at_once = 2
+    (record,) = measure_bandwidth(checkpoint, reader, sample_bytes=4 * MIB, agent_counts=[2], piece_sizes=[MIB])
+    assert record.bytes_per_second <= 2 * MIB / PIECE_SECONDS
 
 
 def test_rates_follow_a_disk_that_has_become_another(disk):

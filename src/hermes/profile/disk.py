@@ -38,7 +38,8 @@ def measure_bandwidth(
 ) -> list[BandwidthRecord]:
     """Read up to `sample_bytes` for each setting, for `seconds` at most, spread over the files, past the page cache.
 
-    Each setting reads its own places, so that no cache of the drive's serves the next one. Holds one piece for each
+    Each setting reads its own places, so that no cache of the drive's serves the next one. A first piece of each agent
+    does not count: after a pause a throttle lets a tenth of a second's bytes through at once. Holds one piece for each
     agent. Blocking. Raises ReadError.
     """
     records = []
@@ -47,8 +48,8 @@ def measure_bandwidth(
         places = _places(checkpoint, piece_bytes)
         count = max(1, min(len(places), sample_bytes // piece_bytes))
         for num_agents in agent_counts:
-            chosen = [places[(turn + index) % len(places)] for index in range(count)]
-            turn += count
+            chosen = [places[(turn + index) % len(places)] for index in range(num_agents + count)]
+            turn += len(chosen)
             rate = _read(reader, chosen, num_agents, piece_bytes, seconds)
             records.append(BandwidthRecord(num_agents=num_agents, piece_bytes=piece_bytes, bytes_per_second=rate))
     return records
@@ -129,6 +130,7 @@ def _places(checkpoint: Checkpoint, piece_bytes: int) -> list[tuple[int, int]]:
 def _read(
     reader: Reader, places: Sequence[tuple[int, int]], num_agents: int, piece_bytes: int, most_seconds: float
 ) -> float:
+    first, places = places[:num_agents], places[num_agents:]
     arenas = [Arena(piece_bytes) for _ in range(num_agents)]
     for arena in arenas:
         arena.touch()
@@ -141,7 +143,11 @@ def _read(
                 break
         return done
 
+    def begin(number: int) -> None:
+        reader.read_into(*first[number], arenas[number].view, 0)
+
     with ThreadPoolExecutor(num_agents, thread_name_prefix="hermes-probe") as pool:
+        list(pool.map(begin, range(num_agents)))
         start = time.perf_counter()
         done = sum(pool.map(agent, range(num_agents)))
         seconds = time.perf_counter() - start
