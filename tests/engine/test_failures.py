@@ -133,10 +133,10 @@ def test_whatever_stops_the_daemon_is_seen(bench, monkeypatch, eventually):
     run.engine.start()
     run.check(0)
 
-    def broken():
+    def broken(limit_bytes):
         raise ZeroDivisionError("odd")
 
-    monkeypatch.setattr(run.engine._daemon, "_working_set", broken)
+    monkeypatch.setattr(run.engine._daemon._working_set, "trimmed", broken)
     eventually(lambda: not run.engine._daemon._thread.is_alive())
     with pytest.raises(EngineError, match="an agent failed: ZeroDivisionError"):
         run.engine.want(1)
