@@ -72,7 +72,7 @@ def expected(nets, name, pixels):
 @pytest.mark.parametrize("policy", ["round-robin", "deadline"])
 def test_outputs_are_those_of_each_alone_and_failures_stay_at_home(nets, tmp_path, policy):
     inputs = [PIXELS * scale for scale in (1, 2, -1, 0.5)]
-    with fleet_of(nets, ["small", "large"], spare_bytes=24 * MIB, policy=policy) as fleet:
+    with fleet_of(nets, ["small", "large"], spare_bytes=28 * MIB, policy=policy) as fleet:
         fleet.start()
         shares = fleet._shares
         overdrawn = []
