@@ -4,7 +4,7 @@ import itertools
 import statistics
 
 from conditions import median
-from rows import Row, Rows
+from rows import Row, Rows, rate
 
 SHELL_REACH = 1.25
 """Of importing and the bound together."""
@@ -15,7 +15,7 @@ WAYS = ("plain", "draft")
 def shell_bound(row: Row, rows: Rows) -> float:
     """Seconds that a first pass takes at least: all weights from the disk, or resident compute."""
     weights = next(r["weight_bytes"] for r in rows.rows if r["model"] == row["model"])
-    return max(weights / statistics.median(row["disk_rates"]), rows.resident_seconds(row["model"]) or 0.0)
+    return max(weights / rate(row), rows.resident_seconds(row["model"]) or 0.0)
 
 
 def shell_ratios(row: Row, rows: Rows) -> dict[str, float]:

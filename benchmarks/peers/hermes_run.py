@@ -13,7 +13,7 @@ from hermes.memory.allocator import keep_heap_tight
 
 keep_heap_tight()
 import torch  # noqa: E402
-from work import ENCODER_TOKENS, NEW_TOKENS, PROMPT_TOKENS, Work, report  # noqa: E402
+from work import Work, report  # noqa: E402
 
 import hermes  # noqa: E402
 import hermes.api  # noqa: E402
@@ -36,11 +36,9 @@ def main() -> None:
     module = hermes.load(
         work.model,
         budget=budget,
-        auto_class=work.auto_class,
-        sequence_length=PROMPT_TOKENS if work.generates else ENCODER_TOKENS,
-        max_new_tokens=NEW_TOKENS,
         sequential=mode == "sequential",
         resident_bytes=0 if mode == "nothing-resident" else None,
+        **work.load_options,
         **choices,
     )
     load_seconds = time.perf_counter() - start

@@ -49,6 +49,15 @@ class Work:
             else "AutoModelForImageClassification"
         )  # fmt: skip
 
+    @property
+    def load_options(self) -> dict:
+        """For `hermes.load`: the shapes that `perform` has."""
+        return {
+            "auto_class": self.auto_class,
+            "sequence_length": PROMPT_TOKENS if self.generates else ENCODER_TOKENS,
+            "max_new_tokens": NEW_TOKENS,
+        }
+
     def perform(self, module) -> list:
         """Passes over the model; the tensors that come out."""
         import torch

@@ -18,7 +18,7 @@ from hermes.memory.allocator import keep_heap_tight
 
 keep_heap_tight()
 import torch  # noqa: E402
-from work import ENCODER_TOKENS, NEW_TOKENS, PROMPT_TOKENS, Work, clock_passes, report  # noqa: E402
+from work import Work, clock_passes, report  # noqa: E402
 
 import hermes  # noqa: E402
 from hermes.checkpoint import open_checkpoint, open_reader  # noqa: E402
@@ -68,13 +68,7 @@ def main() -> None:
     work, budget, nbytes = Work(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
     torch.set_grad_enabled(False)
     start = time.perf_counter()
-    module = hermes.load(
-        work.model,
-        budget=budget,
-        auto_class=work.auto_class,
-        sequence_length=PROMPT_TOKENS if work.generates else ENCODER_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-    )
+    module = hermes.load(work.model, budget=budget, **work.load_options)
     reading = Reading(work.model, nbytes)
     module.register_forward_hook(reading.wait)  # inside what is clocked, as the start is
     seconds = clock_passes(module)
