@@ -18,7 +18,7 @@ class Need:
 
 
 def divide(budget_bytes: int, needs: Mapping[str, Need], weights: Mapping[str, float]) -> dict[str, int]:
-    """Quotas that sum to `budget_bytes` at most, each from `least_bytes` to `most_bytes`.
+    """Quotas that sum to `budget_bytes`, or less where all have `most_bytes`; each has at least its `least_bytes`.
 
     What is left over the least is shared in proportion to `weights`; what one model cannot use goes to the others.
 
@@ -32,14 +32,19 @@ def divide(budget_bytes: int, needs: Mapping[str, Need], weights: Mapping[str, f
             minimum_bytes=least,
         )
     quotas = {name: need.least_bytes for name, need in needs.items()}
-    hungry = {name for name, need in needs.items() if need.most_bytes > need.least_bytes}
+    hungry = [name for name, need in needs.items() if need.most_bytes > need.least_bytes]
     while hungry and (left := budget_bytes - sum(quotas.values())) > 0:
         total = sum(weights[name] for name in hungry)
         shares = {name: left * weights[name] / total if total else left / len(hungry) for name in hungry}
-        full = {name for name in hungry if quotas[name] + shares[name] >= needs[name].most_bytes}
-        for name in full or hungry:
-            quotas[name] = needs[name].most_bytes if full else quotas[name] + int(shares[name])
-        hungry = hungry - full if full else set()
+        full = [name for name in hungry if quotas[name] + shares[name] >= needs[name].most_bytes]
+        if not full:
+            for name in hungry:
+                quotas[name] += int(shares[name])
+            for name in hungry[: budget_bytes - sum(quotas.values())]:  # what rounding left: less than a byte of each
+                quotas[name] += 1
+        for name in full:
+            quotas[name] = needs[name].most_bytes
+        hungry = [name for name in hungry if name not in full] if full else []
     return quotas
 
 
