@@ -11,7 +11,7 @@ from torch import nn
 
 from hermes.checkpoint.readers import Reader
 from hermes.errors import InputError
-from hermes.memory.allocator import keep_heap_tight
+from hermes.memory.allocator import keep_heap_tight, put_off_collections
 from hermes.memory.warm import Warmed
 from hermes.plan import Plan, Problem, make_plan, smallest_budget
 from hermes.profile import (
@@ -231,21 +231,22 @@ def open_session(
 ) -> tuple[Prepared, Session]:
     """Prepare, plan and start; `load` without the dressing."""
     keep_heap_tight()
-    warm_up = start_warm_up(model, options.get("revision"), budget_bytes, workload)
-    try:
-        prepared = _prepare(model, workload, {**options, "profile": profile})
-    finally:
-        warmed = warm_up.stop()
-    session = _start(
-        prepared,
-        budget_bytes,
-        warmed=warmed,
-        num_agents=num_agents,
-        granularity=granularity,
-        resident_bytes=resident_bytes,
-        sequential=sequential,
-        record=record,
-    )
+    with put_off_collections():
+        warm_up = start_warm_up(model, options.get("revision"), budget_bytes, workload)
+        try:
+            prepared = _prepare(model, workload, {**options, "profile": profile})
+        finally:
+            warmed = warm_up.stop()
+        session = _start(
+            prepared,
+            budget_bytes,
+            warmed=warmed,
+            num_agents=num_agents,
+            granularity=granularity,
+            resident_bytes=resident_bytes,
+            sequential=sequential,
+            record=record,
+        )
     attach(prepared.module, session)
     return prepared, session
 

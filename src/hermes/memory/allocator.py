@@ -1,11 +1,14 @@
 """The C library's heap, kept from hoarding: what torch frees between blocks must leave the process, or the budget pays.
 
-Covers glibc only; elsewhere both functions say so by returning False. The arena for weights is in `arena`.
+Covers glibc only; elsewhere these functions say so by returning False. The arena for weights is in `arena`.
 """
 
 import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["hold_heap", "keep_heap_tight", "trim_heap"]
+__all__ = ["hold_heap", "keep_heap_tight", "put_off_collections", "trim_heap"]
 
 # Parameter numbers of mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -51,6 +54,19 @@ def trim_heap() -> bool:
     malloc_trim.argtypes = (ctypes.c_size_t,)
     malloc_trim.restype = ctypes.c_int
     return bool(malloc_trim(0) == 1)
+
+
+@contextmanager
+def put_off_collections() -> Iterator[None]:
+    """While inside, the garbage collector waits: what a load makes stays, and looking through it takes 0.1 s."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _set(*settings: tuple[int, int]) -> bool:

@@ -8,6 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from hermes.errors import ProfileError
 from hermes.profile.records import PROFILE_VERSION, MachineRecord, Profile
 
@@ -36,15 +38,11 @@ def load_profile(path: Path, *, checkpoint: str, machine: MachineRecord, model_c
 
     Raises ProfileError where it is stale, of another version, or makes no sense.
     """
-    from pydantic import TypeAdapter, ValidationError  # only where a profile exists: it costs memory
-
     again = "run `hermes profile` again"
     try:
-        profile = TypeAdapter(Profile).validate_json(path.read_bytes(), strict=False)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ProfileError(f"{path}: not a profile: {place}: {first['msg']}; {again}") from None
+        profile = msgspec.json.decode(path.read_bytes(), type=Profile)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: not a profile: {error}; {again}") from None
     except OSError as error:
         raise ProfileError(f"{path}: cannot be read: {error.strerror}; {again}") from None
     if profile.version != PROFILE_VERSION:
