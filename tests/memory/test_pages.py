@@ -28,6 +28,36 @@ def test_only_pages_equal_to_their_file_are_dropped() -> None:
     assert list(untouched_code(SMAPS.splitlines())) == [(0x7F0000000000, 0x7F0000400000)]
 
 
+def test_what_a_computation_uses_of_the_libraries_comes_back_at_once() -> None:
+    script = """
+import mmap, resource, sys
+import torch
+from hermes.memory.pages import code_in_use, drop_idle_pages, fetch_code
+from hermes.memory.probe import memory_split
+a = torch.randn(64, 64)
+drop_idle_pages()
+expected = torch.linalg.inv(a)
+used = code_in_use()
+torch_cpu = next(path for path in used if path.endswith("libtorch_cpu.so"))
+assert 2**16 < sum(nbytes for _, nbytes in used[torch_cpu]) < 64 * 2**20, used[torch_cpu]
+assert all(offset % mmap.PAGESIZE == nbytes % mmap.PAGESIZE == 0 for offset, nbytes in used[torch_cpu])
+drop_idle_pages()
+idle = memory_split().file_bytes
+fetch_code({**used, "/no/such/library.so": [(0, 4096)], torch_cpu: [*used[torch_cpu], (2**40, 2**20)]})
+assert memory_split().file_bytes > idle + sum(nbytes for _, nbytes in used[torch_cpu]) / 2
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+assert torch.equal(torch.linalg.inv(a), expected)
+few = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+drop_idle_pages()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+assert torch.equal(torch.linalg.inv(a), expected)
+many = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+assert few < many / 2, (few, many)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_process_goes_on_with_fewer_code_pages() -> None:
     script = """
 import torch

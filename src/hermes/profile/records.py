@@ -18,7 +18,7 @@ __all__ = [
     "block_samples",
 ]
 
-PROFILE_VERSION = 6
+PROFILE_VERSION = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,7 @@ class Profile:
             few tokens do little but read memory, which agents write to meanwhile.
         cold_seconds: that a process's first pass computes longer than later ones: code that was never run, buffers that
             kernels make once.
+        code: what passes use of the libraries: file -> (offset, bytes).
         measured: False where compute was estimated from operations, not measured.
         trace: of the pass over that batch and sequence; None where it could not be followed.
         delays: fitted to the units, for blocks that were never measured; None in an estimate.
@@ -132,6 +133,7 @@ class Profile:
     units: tuple[UnitRecord, ...]
     quiet: tuple[tuple[int, float], ...] = ()
     cold_seconds: float = 0.0
+    code: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     measured: bool = True
     trace: Trace | None = None
     delays: DelayModel | None = None

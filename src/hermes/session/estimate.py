@@ -5,7 +5,7 @@ import re
 import torch
 
 from hermes.checkpoint.readers import Reader
-from hermes.memory.pages import drop_idle_pages
+from hermes.memory.pages import drop_idle_pages, fetch_code
 from hermes.memory.probe import resident_bytes
 from hermes.model.blocks import LoadFactory
 from hermes.model.units import Unit
@@ -31,6 +31,8 @@ _LAYER = re.compile(r"^.*?\.\d+(?=\.|$)")
 def measure_floor(prepared: Prepared) -> int:
     """Resident set of this process before any weight, in bytes: kernels in memory, what importing needed given back."""
     drop_idle_pages()
+    if prepared.known is not None:
+        fetch_code(prepared.known.code)
     workload = prepared.workload
     calibrate_compute(getattr(torch, prepared.dtype), workload.batch_size * workload.sequence_length)
     return resident_bytes()

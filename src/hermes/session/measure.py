@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hermes.errors import BudgetError, ModelError
+from hermes.memory.pages import code_in_use
 from hermes.memory.probe import available_bytes, find_cgroup, resident_bytes
 from hermes.model.inputs import example_inputs
 from hermes.pipeload import smallest_ring
@@ -75,6 +76,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         for _ in range(ROUNDS):
             for tokens, _, seconds in _measured_passes(prepared, session):
                 computes.setdefault(tokens, []).append(seconds)
+        code = code_in_use()
         stats = session.stats
         beside = [
             nbytes / seconds
@@ -122,6 +124,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         units=tuple(units),
         quiet=quiet,
         cold_seconds=max(0.0, computed_first[0] - alone[whole_tokens]),
+        code={path: tuple(ranges) for path, ranges in code.items()},
         trace=prepared.trace,
         delays=fit_delays(block_samples(units, whole_tokens)),
     )
