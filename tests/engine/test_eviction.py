@@ -206,6 +206,8 @@ def test_a_burst_of_faults_is_no_thrash():
     meter = FaultMeter(0, 0.0)
     assert meter.rate(100, 0.5) == 0.0  # mid-window
     assert meter.rate(9000, 1.0) == 0.0  # a burst: nothing before it
+    assert meter.latest == 9000.0
     assert meter.rate(9000, 2.0) == 0.0  # and nothing after it
     assert meter.rate(9300, 3.0) == 0.0
     assert meter.rate(9500, 4.0) == 200.0
+    assert meter.rate(9500, 4.5) == meter.latest == 0.0

@@ -1,9 +1,15 @@
 """Giving back pages that were needed while libraries were loaded."""
 
+import ctypes
+import mmap
+import os
 import subprocess
 import sys
+from pathlib import Path
 
-from hermes.memory.pages import untouched_code
+import numpy as np
+
+from hermes.memory.pages import drop_read_around, untouched_code
 
 SMAPS = """\
 7f0000000000-7f0000400000 r-xp 00000000 08:01 42 /lib/libcode.so
@@ -56,6 +62,22 @@ assert few < many / 2, (few, many)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_was_read_around_leaves_the_page_cache(tmp_path: Path) -> None:
+    path, nbytes = tmp_path / "library.so", 16 * 2**20
+    with path.open("wb") as file:
+        file.write(bytes(nbytes))
+        os.fsync(file.fileno())
+    with path.open("rb") as file, mmap.mmap(file.fileno(), nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapped:
+        assert mapped[nbytes // 2] == 0
+        drop_read_around()
+        view = np.frombuffer(mapped, dtype=np.uint8)
+        cached = (ctypes.c_ubyte * (nbytes // mmap.PAGESIZE))()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(nbytes), cached) == 0
+        del view
+    assert cached[len(cached) // 2] & 1  # mapped, and so in use
+    assert sum(page & 1 for page in cached) * mmap.PAGESIZE <= 2**20
 
 
 def test_a_process_goes_on_with_fewer_code_pages() -> None:

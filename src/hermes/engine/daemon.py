@@ -11,6 +11,7 @@ from hermes.engine.stats import EngineStats
 from hermes.errors import BudgetError
 from hermes.memory.allocator import trim_heap
 from hermes.memory.ledger import Ledger
+from hermes.memory.pages import drop_read_around
 from hermes.memory.probe import find_cgroup, major_faults, mapped_bytes, resident_bytes
 from hermes.units import format_budget, format_bytes
 
@@ -68,7 +69,8 @@ class MemorySample:
 class FaultMeter:
     """Faults a second that last: the lower of the rates of two windows in a row.
 
-    A burst is no thrash: the first use of a library reads pages back too, once.
+    A burst is no thrash: the first use of a library reads pages back too, once. `latest` is the rate of a window that
+    has just ended, bursts included; 0 in between.
     """
 
     def __init__(self, count: int, now_seconds: float, *, window_seconds: float = 1.0) -> None:
@@ -76,15 +78,17 @@ class FaultMeter:
         self._start_seconds = now_seconds
         self._window_seconds = window_seconds
         self._previous = 0.0
+        self.latest = 0.0
 
     def rate(self, count: int, now_seconds: float) -> float:
         """The lasting rate at the end of each window, 0 in between. `count` is the counter's value now."""
         elapsed = now_seconds - self._start_seconds
         if elapsed < self._window_seconds:
+            self.latest = 0.0
             return 0.0
-        rate = (count - self._count) / elapsed
-        lasting = min(rate, self._previous)
-        self._count, self._start_seconds, self._previous = count, now_seconds, rate
+        self.latest = (count - self._count) / elapsed
+        lasting = min(self.latest, self._previous)
+        self._count, self._start_seconds, self._previous = count, now_seconds, self.latest
         return lasting
 
 
@@ -164,6 +168,8 @@ class DaemonAgent:
         meter = FaultMeter(major_faults(), self._clock())
         while not self._closed.wait(WATCH_SECONDS):
             rate = meter.rate(major_faults(), self._clock()) if squeezed else 0.0
+            if meter.latest > FAULTS_PER_SECOND:
+                drop_read_around()
             if self._config.record:
                 with self._lock:
                     self._stats.memory.append((self._clock(), resident_bytes()))
