@@ -13,6 +13,7 @@ from hermes.engine.daemon import (
     TRIM_BYTES,
     FaultMeter,
     MemorySample,
+    ThrashWatch,
     WorkingSet,
     bytes_to_give_back,
 )
@@ -211,3 +212,19 @@ def test_a_burst_of_faults_is_no_thrash():
     assert meter.rate(9300, 3.0) == 0.0
     assert meter.rate(9500, 4.0) == 200.0
     assert meter.rate(9500, 4.5) == meter.latest == 0.0
+
+
+@pytest.mark.parametrize("limit", [LIMIT, None])
+def test_the_first_second_of_thrash_costs_what_was_read_around(monkeypatch, limit):
+    """In a cgroup with a limit; without one, pages are not this process's to give."""
+    faults, seconds, dropped = [0], [0.0], []
+    monkeypatch.setattr("hermes.engine.daemon.find_cgroup", lambda: types.SimpleNamespace(limit_bytes=limit))
+    monkeypatch.setattr("hermes.engine.daemon.major_faults", lambda: faults[0])
+    monkeypatch.setattr("hermes.engine.daemon.drop_read_around", lambda: dropped.append(seconds[0]))
+    thrash = ThrashWatch(lambda: seconds[0])
+    rates = []
+    for seconds[0], more in ((0.5, 300), (1.0, 0), (1.5, 0), (2.0, FAULTS_PER_SECOND), (3.0, 200), (4.0, 100)):
+        faults[0] += more
+        rates.append(thrash())
+    assert dropped == ([1.0, 3.0, 4.0] if limit else [])
+    assert rates == ([0.0, 0.0, 0.0, 50.0, 50.0, 100.0] if limit else [0.0] * 6)

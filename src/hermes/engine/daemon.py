@@ -15,7 +15,15 @@ from hermes.memory.pages import drop_read_around
 from hermes.memory.probe import find_cgroup, major_faults, mapped_bytes, resident_bytes
 from hermes.units import format_budget, format_bytes
 
-__all__ = ["WATCH_SECONDS", "DaemonAgent", "FaultMeter", "MemorySample", "WorkingSet", "bytes_to_give_back"]
+__all__ = [
+    "WATCH_SECONDS",
+    "DaemonAgent",
+    "FaultMeter",
+    "MemorySample",
+    "ThrashWatch",
+    "WorkingSet",
+    "bytes_to_give_back",
+]
 
 WATCH_SECONDS = 0.05
 """Between two looks."""
@@ -92,6 +100,29 @@ class FaultMeter:
         return lasting
 
 
+class ThrashWatch:
+    """Library code that a cgroup's limit evicts and the process reads back; outside of one nothing evicts it.
+
+    Called at every look: in a second with more than `FAULTS_PER_SECOND`, what was read around those faults leaves the
+    page cache. Returns the rate that lasts all the same.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        cgroup = find_cgroup()
+        self._squeezed = cgroup is not None and cgroup.limit_bytes is not None
+        self._clock = clock
+        self._meter = FaultMeter(major_faults(), clock())
+
+    def __call__(self) -> float:
+        """Faults a second; 0 but at the end of each second."""
+        if not self._squeezed:
+            return 0.0
+        lasting = self._meter.rate(major_faults(), self._clock())
+        if self._meter.latest > FAULTS_PER_SECOND:
+            drop_read_around()
+        return lasting
+
+
 def bytes_to_give_back(sample: MemorySample) -> int:
     """Resident weights to give up now: the excess over the limit, or one step while the system thrashes."""
     excess = sample.needed_bytes - sample.limit_bytes
@@ -163,13 +194,9 @@ class DaemonAgent:
             self._on_error(error)
 
     def _watch(self) -> None:
-        cgroup = find_cgroup()
-        squeezed = cgroup is not None and cgroup.limit_bytes is not None  # else nothing evicts the pages of a process
-        meter = FaultMeter(major_faults(), self._clock())
+        thrash = ThrashWatch(self._clock)
         while not self._closed.wait(WATCH_SECONDS):
-            rate = meter.rate(major_faults(), self._clock()) if squeezed else 0.0
-            if meter.latest > FAULTS_PER_SECOND:
-                drop_read_around()
+            rate = thrash()
             if self._config.record:
                 with self._lock:
                     self._stats.memory.append((self._clock(), resident_bytes()))
