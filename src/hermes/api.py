@@ -54,6 +54,8 @@ logger = logging.getLogger("hermes")
 SAMPLE_BYTES = 256 * 2**20
 SAMPLE_SECONDS = 0.5
 """Read to find out how fast the disk is now: so much, for so long at most."""
+KNOWN_CODE_BYTES = 16 * 2**20
+"""Of the heap's slack, for code that was not run before: what the profile knows is in the floor already."""
 PLANNING_PIECE_BYTES = 8 * 2**20
 """Piece size while costs are counted; the plan's own is used once it is there."""
 
@@ -280,7 +282,10 @@ def pose_problem(prepared: Prepared, reader: Reader, warmed: Warmed | None = Non
         known = replace(known, bandwidths=tuple(bandwidths))
     if warmed is not None:
         known = replace(known, touch_seconds_per_byte=touch_when_warm(known.touch_seconds_per_byte, warmed))
-    return prepared.problem(known, factory, floor_bytes=floor_bytes), known
+    problem = prepared.problem(known, factory, floor_bytes=floor_bytes)
+    if known.code:
+        problem = replace(problem, heap_bytes=problem.heap_bytes - KNOWN_CODE_BYTES)
+    return problem, known
 
 
 def sweep_plans(problem: Problem, *, num_budgets: int = 12, **choices: Any) -> list[Plan]:

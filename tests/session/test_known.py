@@ -1,8 +1,11 @@
 """What `hermes profile` has left spares later runs the trace, and never stands for more than it measured."""
 
+from dataclasses import replace
+
 import pytest
 
 import hermes
+from hermes.api import KNOWN_CODE_BYTES, pose_problem
 from hermes.checkpoint.synth import synth
 from hermes.profile import profile_path, save_profile
 from hermes.session import Workload, prepare_model
@@ -69,3 +72,16 @@ def test_a_workload_beyond_the_profile_is_traced(model, profiled, monkeypatch, w
 
 def test_no_profile_no_trace():
     assert trace_at(None, Workload()) is None
+
+
+def test_code_that_the_floor_holds_already_is_no_heap_of_the_plan(model, profiled):
+    """And of nothing else: a fleet, which does not fetch it, asks for the heap as it always was."""
+    assert profiled.code
+    heaps = []
+    for code in (profiled.code, {}):
+        save_profile(replace(profiled, code=code), profile_path(model, profiled.model_class, profiled.dtype))
+        known = prepare_model(model, workload=Workload(sequence_length=16, max_new_tokens=2))
+        with known.reader() as reader:
+            heaps.append((known.heap_bytes, pose_problem(known, reader)[0].heap_bytes))
+    (own, planned), (own_without, planned_without) = heaps
+    assert own == own_without == planned_without == planned + KNOWN_CODE_BYTES

@@ -38,8 +38,6 @@ PACKED_HEAP_BYTES = 16 * 2**20
 """Tables of chunks, pieces that know how to unpack them, and rows that are unpacked for a product."""
 QUANTIZED_HEAP_BYTES = 16 * 2**20
 """Rows of a quantised matrix that are made floats for a product, and what they pass through."""
-KNOWN_CODE_BYTES = 16 * 2**20
-"""Of the slack for code that was not run before: code that the profile knows is there when the floor is measured."""
 FORWARDS = 100
 """What is loaded from Python is planned to be used many times; what is run from the shell, once."""
 
@@ -81,8 +79,6 @@ class Prepared:
             vocabulary_size=vocabulary_size(self.module),
             row_buffer_bytes=2 * ROWS_AT_A_TIME_BYTES if self.partition.rowwise else 0,
         )
-        if self.known is not None and self.known.code:
-            nbytes -= KNOWN_CODE_BYTES
         nbytes += PACKED_HEAP_BYTES if self.checkpoint.packed else 0
         return nbytes + (QUANTIZED_HEAP_BYTES if self.checkpoint.quantized else 0)
 
