@@ -18,7 +18,7 @@ class Need:
 
 
 def divide(budget_bytes: int, needs: Mapping[str, Need], weights: Mapping[str, float]) -> dict[str, int]:
-    """Quotas that sum to `budget_bytes`, or less where all have `most_bytes`; each has at least its `least_bytes`.
+    """Quotas from `least_bytes` to `most_bytes` each, that sum to `budget_bytes`, or less where all have their most.
 
     What is left over the least is shared in proportion to `weights`; what one model cannot use goes to the others.
 

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Mapping
 
-from hermes.engine.daemon import WATCH_SECONDS, MemorySample, ThrashWatch, WorkingSet, bytes_to_give_back
+from hermes.engine.daemon import WATCH_SECONDS, MemorySample, WorkingSet, bytes_to_give_back
 from hermes.errors import HermesError
 from hermes.fleet.quota import Need, lend
 from hermes.fleet.turns import Turns
@@ -105,9 +105,7 @@ class Shares:
         self._daemon.join()
 
     def _watch(self) -> None:
-        thrash = ThrashWatch(self._turns.clock)
         while not self._closed.wait(WATCH_SECONDS):
-            thrash()
             with self._lock:
                 if self._workers:
                     self._relieve()

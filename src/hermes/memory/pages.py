@@ -66,7 +66,7 @@ def untouched_code(smaps: Iterable[str]) -> Iterator[tuple[int, int]]:
                 yield mapped.begin, mapped.end
 
 
-def code_in_use() -> dict[str, list[tuple[int, int]]]:
+def code_in_use() -> Code:
     """What this process has looked at of its libraries' code since it last gave that back, by file.
 
     Whole pages; ranges less than 64 KiB apart are one. Empty where the system does not say.

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hermes.errors import ProfileError
+from hermes.memory.pages import Code
 from hermes.model.trace import Trace
 from hermes.profile.delays import BlockSample, DelayModel
 
@@ -133,7 +134,7 @@ class Profile:
     units: tuple[UnitRecord, ...]
     quiet: tuple[tuple[int, float], ...] = ()
     cold_seconds: float = 0.0
-    code: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    code: Code = field(default_factory=dict)
     measured: bool = True
     trace: Trace | None = None
     delays: DelayModel | None = None

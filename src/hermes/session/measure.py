@@ -124,7 +124,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         units=tuple(units),
         quiet=quiet,
         cold_seconds=max(0.0, computed_first[0] - alone[whole_tokens]),
-        code={path: tuple(ranges) for path, ranges in code.items()},
+        code=code,
         trace=prepared.trace,
         delays=fit_delays(block_samples(units, whole_tokens)),
     )
