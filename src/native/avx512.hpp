@@ -1,4 +1,5 @@
-// What unpacking and the products share of AVX-512: 64 packed elements at a time, their codes loaded as masks.
+// What unpacking and the products share of AVX-512: 64 packed elements at a time, their codes loaded as masks; words
+// turned.
 #pragma once
 
 #include "codec.hpp"
@@ -44,6 +45,33 @@ inline Halves join(__m512i exponent, __m512i rest) {
   const __m512i high = _mm512_ternarylogic_epi64(sign, rest, _mm512_srli_epi16(exponent, 1), 0xCA);
   const __m512i low = _mm512_ternarylogic_epi64(sign, _mm512_slli_epi16(exponent, 7), rest, 0xCA);
   return join_bytes(low, high);
+}
+
+// 16 rows of 16 words each turned: word r of v[c] becomes word c of v[r].
+inline void turn(__m512i v[16]) {
+  __m512i a[16];
+  for (int r = 0; r < 16; r += 2) {
+    a[r] = _mm512_unpacklo_epi32(v[r], v[r + 1]);
+    a[r + 1] = _mm512_unpackhi_epi32(v[r], v[r + 1]);
+  }
+  for (int r = 0; r < 16; r += 4) {
+    v[r] = _mm512_unpacklo_epi64(a[r], a[r + 2]);
+    v[r + 1] = _mm512_unpackhi_epi64(a[r], a[r + 2]);
+    v[r + 2] = _mm512_unpacklo_epi64(a[r + 1], a[r + 3]);
+    v[r + 3] = _mm512_unpackhi_epi64(a[r + 1], a[r + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    a[c] = _mm512_shuffle_i32x4(v[c], v[c + 4], 0x88);
+    a[c + 4] = _mm512_shuffle_i32x4(v[c], v[c + 4], 0xDD);
+    a[c + 8] = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0x88);
+    a[c + 12] = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0xDD);
+  }
+  for (int c = 0; c < 4; ++c) {
+    v[c] = _mm512_shuffle_i32x4(a[c], a[c + 8], 0x88);
+    v[c + 4] = _mm512_shuffle_i32x4(a[c + 4], a[c + 12], 0x88);
+    v[c + 8] = _mm512_shuffle_i32x4(a[c], a[c + 8], 0xDD);
+    v[c + 12] = _mm512_shuffle_i32x4(a[c + 4], a[c + 12], 0xDD);
+  }
 }
 
 }  // namespace hermes

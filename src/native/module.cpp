@@ -105,6 +105,14 @@ void multiply_rows(Address weights, size_t rows, size_t columns, Address x, size
   multiply(what, at(weights), rows, threads);
 }
 
+void multiply_float_rows(Address weights, size_t rows, size_t columns, Address x, size_t tokens, Address bias,
+                         size_t block, Address y, size_t y_stride, Address scratch, unsigned threads) {
+  if (!can_multiply_floats()) throw nb::value_error("no float32 products on this processor");
+  if (columns == 0 || block == 0 || block > FLOAT_MOST_BLOCK) throw nb::value_error("no columns, or a block too large");
+  nb::gil_scoped_release release;
+  multiply_floats({at(x), tokens, columns, at(bias), block, at(y), y_stride}, at(weights), rows, at(scratch), threads);
+}
+
 nb::tuple multiply_packed(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
                           size_t columns, Address x, size_t tokens, Address bias, size_t block, Address y,
                           size_t y_stride, unsigned threads) {
@@ -147,6 +155,12 @@ NB_MODULE(_native, m) {
   m.def("multiply", &multiply_rows, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"),
         nb::arg("tokens"), nb::arg("bias"), nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("threads"),
         "Multiply bf16 tokens at x with rows of bf16 weights, into y.");
+  m.def("can_multiply_floats", &can_multiply_floats, "Whether this processor has what `multiply_floats` needs.");
+  m.def("float_scratch_bytes", &float_scratch_bytes, nb::arg("tokens"), nb::arg("columns"),
+        "What `multiply_floats` needs to work in.");
+  m.def("multiply_floats", &multiply_float_rows, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"),
+        nb::arg("tokens"), nb::arg("bias"), nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("scratch"),
+        nb::arg("threads"), "Multiply float32 tokens at x with rows of float32 weights, into y.");
   m.def("multiply_packed", &multiply_packed, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
         nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"), nb::arg("tokens"), nb::arg("bias"),
         nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("threads"),

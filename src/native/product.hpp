@@ -1,5 +1,8 @@
-// Products with bf16 matrices, plain ones and packed ones, which are unpacked into a core's own cache and never stored.
+// Products with bf16 matrices, plain ones and packed ones, which are unpacked into a core's own cache and never stored;
+// and with plain float32 ones.
 #pragma once
+
+#include <algorithm>
 
 #include "codec.hpp"
 
@@ -60,6 +63,18 @@ inline constexpr size_t MOST_TOKENS = 8;  // with the same rows at once; more of
 void multiply(const Product& p, const u8* weights, size_t rows, unsigned threads);
 // With packed rows; a fault of one of them, or none. Columns, `block` and what is skipped are multiples of 64.
 Result multiply(const Product& p, const Matrix& m, unsigned threads);
+
+// True where `multiply_floats` can be used.
+bool can_multiply_floats();
+// The same of float32, x, weights, bias and y alike: each product and its addition rounded once, column after column, from
+// nothing again for each `block` columns; the bias first, then these sums in order. Any number of rows and columns;
+// `block` is FLOAT_MOST_BLOCK at most. `scratch` has `float_scratch_bytes`.
+void multiply_floats(const Product& p, const u8* weights, size_t rows, u8* scratch, unsigned threads);
+inline constexpr size_t FLOAT_TOKENS = 256;  // at once; more of them take turns
+inline constexpr size_t FLOAT_MOST_BLOCK = 512;
+inline size_t float_scratch_bytes(size_t tokens, size_t columns) {
+  return (std::min(tokens, FLOAT_TOKENS) + 15) / 16 * 16 * columns * 4;
+}
 
 // Packed rows that stay in memory are put in the order in which products need them, where they have whole groups, chunks
 // of their own and one base: `tile_rows` of them at a time, in the bytes that their chunks take. `chunks` are m's.

@@ -1,5 +1,4 @@
-// What products with plain and with packed rows share: rows dealt out to threads, elements unpacked, words turned,
-// products added, and sums that become bf16.
+// What products share: rows dealt out to threads; of bf16, products added, and sums that are rounded.
 #pragma once
 
 #include <algorithm>
@@ -43,33 +42,6 @@ Result over_tiles(size_t begin, size_t end, size_t rows, unsigned threads, Work 
 #define HERMES_BF16_PRODUCTS HERMES_AVX512 ",avx512bf16"
 
 HERMES_TARGET_BEGIN(HERMES_BF16_PRODUCTS)
-
-// 16 rows of 16 words each turned: word r of v[c] becomes word c of v[r].
-inline void turn(__m512i v[16]) {
-  __m512i a[16];
-  for (int r = 0; r < 16; r += 2) {
-    a[r] = _mm512_unpacklo_epi32(v[r], v[r + 1]);
-    a[r + 1] = _mm512_unpackhi_epi32(v[r], v[r + 1]);
-  }
-  for (int r = 0; r < 16; r += 4) {
-    v[r] = _mm512_unpacklo_epi64(a[r], a[r + 2]);
-    v[r + 1] = _mm512_unpackhi_epi64(a[r], a[r + 2]);
-    v[r + 2] = _mm512_unpacklo_epi64(a[r + 1], a[r + 3]);
-    v[r + 3] = _mm512_unpackhi_epi64(a[r + 1], a[r + 3]);
-  }
-  for (int c = 0; c < 4; ++c) {
-    a[c] = _mm512_shuffle_i32x4(v[c], v[c + 4], 0x88);
-    a[c + 4] = _mm512_shuffle_i32x4(v[c], v[c + 4], 0xDD);
-    a[c + 8] = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0x88);
-    a[c + 12] = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0xDD);
-  }
-  for (int c = 0; c < 4; ++c) {
-    v[c] = _mm512_shuffle_i32x4(a[c], a[c + 8], 0x88);
-    v[c + 4] = _mm512_shuffle_i32x4(a[c + 4], a[c + 12], 0x88);
-    v[c + 8] = _mm512_shuffle_i32x4(a[c], a[c + 8], 0xDD);
-    v[c + 12] = _mm512_shuffle_i32x4(a[c + 4], a[c + 12], 0xDD);
-  }
-}
 
 inline size_t count_escapes(const u8* codes, size_t blocks) {
   size_t even = 0, odd = 0;

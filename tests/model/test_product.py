@@ -1,4 +1,4 @@
-"""Products with packed matrices have the bits of torch's with unpacked ones."""
+"""Products of the native module have the bits of torch's, with packed matrices and with plain ones."""
 
 from typing import Any
 
@@ -16,13 +16,17 @@ from hermes.checkpoint.pack import pack
 from hermes.errors import ReadError
 from hermes.memory.probe import resident_bytes
 from hermes.model import product
-from hermes.model.product import MOST_TOKENS, PackedRows, can_stay_packed, finish, summing_block
+from hermes.model.product import FLOAT_TOKENS, MOST_TOKENS, PackedRows, can_stay_packed, finish, summing_block
 from hermes.pipeload import Place
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the native decoder was not built")
 multiplies = pytest.mark.skipif(
     native() is None or not native().can_multiply(), reason="a processor without bf16 dot products"
 )
+multiplies_floats = pytest.mark.skipif(
+    native() is None or not native().can_multiply_floats(), reason="a processor without AVX-512"
+)
+BF16 = torch.bfloat16
 
 
 def packed_rows(weight: torch.Tensor, begin: int = 0, end: int | None = None, *, stays: bool = False) -> PackedRows:
@@ -54,7 +58,7 @@ def weights(rows: int, columns: int) -> torch.Tensor:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+    return a.dtype == b.dtype and torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
 SHAPES = [(16, 64), (100, 128), (256, 1024), (640, 576), (1000, 2112), (257, 4096)]
@@ -70,7 +74,7 @@ def test_few_tokens(shape: tuple[int, int], tokens: int, stays: bool, monkeypatc
     x = torch.randn(1, tokens, shape[1]).bfloat16()
     bias = torch.randn(shape[0]).bfloat16()
     for given in (None, bias):
-        if not summing_block(tokens, *shape, given is not None, torch.get_num_threads()):
+        if not summing_block(BF16, tokens, *shape, given is not None, torch.get_num_threads()):
             pytest.skip("torch sums in another order here")
         got = packed_rows(weight, stays=stays).linear(x, given)
         assert got.shape == (1, tokens, shape[0])
@@ -169,10 +173,106 @@ def test_the_order_is_that_of_any_number_of_rows(shape: tuple[int, int], tokens:
 
 @multiplies
 def test_an_order_that_is_not_among_the_known_ones_is_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = summing_block(1, 64, 4096, True, torch.get_num_threads())
+    found = summing_block(BF16, 1, 64, 4096, True, torch.get_num_threads())
     monkeypatch.setattr(product, "BLOCKS", (32, 128, 768))
     product._try_blocks.cache_clear()
-    assert summing_block(1, 64, 4096, True, torch.get_num_threads()) == (4096 if found == 4096 else 0)
+    assert summing_block(BF16, 1, 64, 4096, True, torch.get_num_threads()) == (4096 if found == 4096 else 0)
+    product._try_blocks.cache_clear()
+
+
+FLOAT_SHAPES = [(1, 64), (24, 192), (25, 193), (100, 384), (256, 1024), (1030, 576), (7, 4100), (50, 13)]
+
+
+@pytest.fixture
+def by_native(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of columns after which each product began a new sum."""
+    blocks: list[int] = []
+    inner = product._multiply
+    monkeypatch.setattr(product, "_multiply", lambda *what: blocks.append(what[-1]) or inner(*what))
+    return blocks
+
+
+def floats(rows: int, columns: int, skip: int = 0) -> torch.Tensor:
+    """That begin `skip` numbers behind a cache line."""
+    weight = torch.empty(rows * columns + skip)[skip:].view(rows, columns)
+    torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns), out=weight)
+    weight[0, :5] = torch.tensor([0.0, -0.0, 3e38, 1e-40, -7.0])
+    return weight
+
+
+@multiplies_floats
+@pytest.mark.parametrize("shape", FLOAT_SHAPES)
+@pytest.mark.parametrize("tokens", [4, 15, 16, 17, 40, 64, 65, 128, 197, 256, 300, 512])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_floats(shape: tuple[int, int], tokens: int, threads: int, by_native: list[int]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for bias in (None, torch.randn(shape[0])):
+            weight, x = floats(*shape, skip=tokens % 5), torch.randn(2, tokens, shape[1])[:1]
+            x[0, 0, :5] = torch.tensor([-0.0, 1.0, 3e38, 1e-40, 0.0])
+            block = summing_block(torch.float32, tokens, *shape, bias is not None, threads)
+            by_native.clear()
+            assert same(product.linear(x, weight, bias), functional.linear(x, weight, bias))
+            assert by_native == [block] * bool(block)
+    finally:
+        torch.set_num_threads(before)
+
+
+@multiplies_floats
+@pytest.mark.parametrize("tokens", [16, 128, 197])
+@pytest.mark.parametrize("shape", [(1024, 1024), (4096, 1024), (1024, 4096), (3072, 768), (768, 3072), (30522, 768)])
+def test_the_order_of_floats_is_that_of_any_number_of_rows(shape: tuple[int, int], tokens: int) -> None:
+    weight, x = torch.randn(shape), torch.randn(tokens, shape[1])
+    assert same(product.linear(x, weight, None), functional.linear(x, weight))
+
+
+@multiplies_floats
+def test_floats_in_any_order_that_is_asked_for() -> None:
+    """Against the definition, in numbers of twice the precision: products of float32 are exact in it."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x, bias = (torch.randn(shape, generator=generator) for shape in ((30, 100), (37, 100), (30,)))
+    for block in (1, 16, 33, 96, 100, 512):
+        expected = bias.expand(37, 30)
+        for begin in range(0, 100, block):
+            total = torch.zeros(37, 30)
+            for column in range(begin, min(begin + block, 100)):
+                exact = x[:, None, column].double() * weight[None, :, column].double()
+                total = (total.double() + exact).float()
+            expected = expected + total
+        assert same(product._multiply(x, weight, bias, block), expected)
+
+
+@multiplies_floats
+def test_floats_that_the_native_product_is_not_for(by_native: list[int]) -> None:
+    weight = floats(64, 192)
+
+    def check(x: torch.Tensor, weight: torch.Tensor = weight) -> None:
+        got = product.linear(x, weight, None)
+        assert same(got.detach(), functional.linear(x, weight).detach())
+        assert not by_native
+
+    x = torch.randn(32, 192)
+    check(x[:1])
+    check(torch.randn(FLOAT_TOKENS.stop, 192))
+    check(x[:0])
+    check(x.double(), weight.double())
+    check(x, floats(192, 64).t())
+    check(x.clone().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        check(x)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        check(x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@multiplies_floats
+def test_an_order_of_floats_that_is_not_among_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "FLOAT_BLOCKS", (1, 5))
+    product._try_blocks.cache_clear()
+    assert summing_block(torch.float32, 16, 64, 384, True, torch.get_num_threads()) == 0
     product._try_blocks.cache_clear()
 
 

@@ -5,6 +5,7 @@
 // (clang) it is a target; with any other compiler it makes its own inputs for the seconds it is given.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -125,6 +126,36 @@ void one_matrix(const u8* data, size_t size) {
   multiply_packed(chunks, places, skip, (elements - skip) / columns, columns, 1 + data[6] % 10);
 }
 
+// float32 in exactly as large buffers as they may be, with what one column after the other gives.
+void multiply_some_floats(const u8* data, size_t size) {
+  if (!can_multiply_floats()) return;
+  const size_t tokens = 1 + load<u16>(data + 2) % 300, rows = 1 + data[4] % 60, columns = 1 + load<u16>(data + 5) % 700;
+  const size_t block = 1 + load<u16>(data + 1) % FLOAT_MOST_BLOCK;
+  const auto some = [&](size_t count, size_t from) {
+    Exact numbers(count * 4);
+    for (size_t i = 0; i < count; ++i)
+      store(numbers.bytes.get() + 4 * i, float(data[(from + i * 13) % size]) / 64 - 2);
+    return numbers;
+  };
+  const Exact x = some(tokens * columns, 0), weights = some(rows * columns, 5), bias = some(rows, 9);
+  const Exact y(tokens * rows * 4), scratch(float_scratch_bytes(tokens, columns));
+  const u8* given = data[7] % 2 ? bias.bytes.get() : nullptr;
+  multiply_floats({x.bytes.get(), tokens, columns, given, block, y.bytes.get(), rows}, weights.bytes.get(), rows,
+                  scratch.bytes.get(), 1 + data[7] % 3);
+  for (size_t t = 0; t < tokens; t += 1 + t / 8)
+    for (size_t r = 0; r < rows; ++r) {
+      float total = given ? load<float>(given + 4 * r) : 0;
+      for (size_t from = 0; from < columns; from += block) {
+        float sum = 0;
+        for (size_t c = from; c < std::min(from + block, columns); ++c)
+          sum = std::fma(load<float>(x.bytes.get() + 4 * (t * columns + c)),
+                         load<float>(weights.bytes.get() + 4 * (r * columns + c)), sum);
+        total = from || given ? total + sum : sum;
+      }
+      require(load<u32>(y.bytes.get() + 4 * (t * rows + r)) == std::bit_cast<u32>(total), "a product of floats differs");
+    }
+}
+
 void seal(std::vector<u8>& chunk) {
   if (chunk.size() >= HEADER_BYTES)
     store(chunk.data(), checksum(best_path(), chunk.data() + CHECKED_FROM, chunk.size() - CHECKED_FROM));
@@ -135,6 +166,7 @@ constexpr size_t items[] = {2, 2, 4, 8};
 void one_input(const u8* data, size_t size) {
   if (size < 8) return;
   if (data[0] % 8 == 7) return one_matrix(data, size);
+  if (data[0] % 64 == 6) return multiply_some_floats(data, size);
   const u8 kind = data[0] % 4, how = data[1];
   const size_t item = items[kind], skip = load<u16>(data + 2) % 600, wanted = load<u16>(data + 4) % 600;
   std::vector<u8> content(data + 8, data + size);

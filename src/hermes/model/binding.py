@@ -199,12 +199,11 @@ class Binding:
         return cast(Bound, bound).live
 
     def _is_product(self, module: nn.Linear, unit: Unit, block: int) -> bool:
-        """A linear layer that `product` computes, nothing but a matrix in bf16, or one that is quantised."""
+        """A linear layer that `product` computes, nothing but a matrix, or one that is quantised."""
         if isinstance(self._blocks[block].matrices.get(unit.module), QuantizedRows):
             return True
         weight = f"{unit.module}.weight" if unit.module else "weight"
-        plain = is_plain_linear(module) and module.weight.dtype == torch.bfloat16
-        return plain and unit.parameters == (self._factory.canonical(weight),)
+        return is_plain_linear(module) and unit.parameters == (self._factory.canonical(weight),)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         module.__dict__["forward"] = functools.wraps(module.forward)(forward)  # transformers reads its signature
