@@ -32,7 +32,7 @@ bench: $(STAMP)
 # The decoder of packed weights under AddressSanitizer and UndefinedBehaviorSanitizer; FUZZ_SECONDS and CXX may be given.
 # A clang's libFuzzer: make fuzz CXX=clang++ FUZZ_FLAGS="-fsanitize=fuzzer -DHERMES_LIBFUZZER" FUZZ_SECONDS=-max_total_time=60
 FUZZ_SECONDS ?= 60
-NATIVE := src/native/codec.cpp src/native/product.cpp src/native/packed_product.cpp src/native/float_product.cpp src/native/interleaved.cpp src/native/portable.cpp src/native/avx2.cpp src/native/avx512.cpp src/native/neon.cpp
+NATIVE := src/native/codec.cpp src/native/product.cpp src/native/packed_product.cpp src/native/float_product.cpp src/native/float_token.cpp src/native/interleaved.cpp src/native/portable.cpp src/native/avx2.cpp src/native/avx512.cpp src/native/neon.cpp
 fuzz:
 	mkdir -p build
 	$(CXX) -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all $(FUZZ_FLAGS) \

@@ -64,7 +64,7 @@ void multiply(const Product& p, const u8* weights, size_t rows, unsigned threads
 // With packed rows; a fault of one of them, or none. Columns, `block` and what is skipped are multiples of 64.
 Result multiply(const Product& p, const Matrix& m, unsigned threads);
 
-// True where `multiply_floats` can be used.
+// True where those with float32 can be used.
 bool can_multiply_floats();
 // The same of float32, x, weights, bias and y alike: each product and its addition rounded once, column after column, from
 // nothing again for each `block` columns; the bias first, then these sums in order. Any number of rows and columns;
@@ -75,6 +75,13 @@ inline constexpr size_t FLOAT_MOST_BLOCK = 512;
 inline size_t float_scratch_bytes(size_t tokens, size_t columns) {
   return (std::min(tokens, FLOAT_TOKENS) + 15) / 16 * 16 * columns * 4;
 }
+// One token of float32 with rows of float32, each product rounded before it is added: the first `head` columns, 1 to 4 of
+// them, one after the other, on from there every fourth column in a lane, these as (0 + 2) + (1 + 3), then what is left
+// over; then the bias. Columns are a multiple of four.
+void multiply_float_token(const Product& p, const u8* weights, size_t rows, size_t head, unsigned threads);
+// One token with a matrix that lies turned, p.columns rows of `columns`: the bias, then row after row added to it, each
+// product rounded before. There is a bias.
+void multiply_float_columns(const Product& p, const u8* weights, size_t columns, unsigned threads);
 
 // Packed rows that stay in memory are put in the order in which products need them, where they have whole groups, chunks
 // of their own and one base: `tile_rows` of them at a time, in the bytes that their chunks take. `chunks` are m's.

@@ -15,8 +15,9 @@ from hermes.checkpoint.layout import CHUNK_ELEMENTS
 from hermes.checkpoint.pack import pack
 from hermes.errors import ReadError
 from hermes.memory.probe import resident_bytes
-from hermes.model import product
-from hermes.model.product import FLOAT_TOKENS, MOST_TOKENS, PackedRows, can_stay_packed, finish, summing_block
+from hermes.model import kernels, orders, product
+from hermes.model.orders import FLOAT_TOKENS, MOST_TOKENS, adds_like_torch, summing_block, sums_like_torch
+from hermes.model.product import PackedRows, can_stay_packed, finish
 from hermes.pipeload import Place
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the native decoder was not built")
@@ -174,10 +175,10 @@ def test_the_order_is_that_of_any_number_of_rows(shape: tuple[int, int], tokens:
 @multiplies
 def test_an_order_that_is_not_among_the_known_ones_is_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
     found = summing_block(BF16, 1, 64, 4096, True, torch.get_num_threads())
-    monkeypatch.setattr(product, "BLOCKS", (32, 128, 768))
-    product._try_blocks.cache_clear()
+    monkeypatch.setattr(orders, "BLOCKS", (32, 128, 768))
+    orders._try_blocks.cache_clear()
     assert summing_block(BF16, 1, 64, 4096, True, torch.get_num_threads()) == (4096 if found == 4096 else 0)
-    product._try_blocks.cache_clear()
+    orders._try_blocks.cache_clear()
 
 
 FLOAT_SHAPES = [(1, 64), (24, 192), (25, 193), (100, 384), (256, 1024), (1030, 576), (7, 4100), (50, 13)]
@@ -185,10 +186,17 @@ FLOAT_SHAPES = [(1, 64), (24, 192), (25, 193), (100, 384), (256, 1024), (1030, 5
 
 @pytest.fixture
 def by_native(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of columns after which each product began a new sum."""
+    """Of each product by the native module, the number of columns after which it began a new sum; 1 for one token."""
     blocks: list[int] = []
-    inner = product._multiply
-    monkeypatch.setattr(product, "_multiply", lambda *what: blocks.append(what[-1]) or inner(*what))
+
+    def watch(name: str) -> None:
+        inner = getattr(kernels, name)
+        monkeypatch.setattr(
+            product, name, lambda *what: blocks.append(what[3] if name == "multiply" else 1) or inner(*what)
+        )
+
+    for name in ("multiply", "multiply_token", "multiply_turned"):
+        watch(name)
     return blocks
 
 
@@ -240,7 +248,7 @@ def test_floats_in_any_order_that_is_asked_for() -> None:
                 exact = x[:, None, column].double() * weight[None, :, column].double()
                 total = (total.double() + exact).float()
             expected = expected + total
-        assert same(product._multiply(x, weight, bias, block), expected)
+        assert same(kernels.multiply(x, weight, bias, block), expected)
 
 
 @multiplies_floats
@@ -253,27 +261,73 @@ def test_floats_that_the_native_product_is_not_for(by_native: list[int]) -> None
         assert not by_native
 
     x = torch.randn(32, 192)
-    check(x[:1])
+    check(x[: FLOAT_TOKENS.start - 1])
     check(torch.randn(FLOAT_TOKENS.stop, 192))
     check(x[:0])
     check(x.double(), weight.double())
     check(x, floats(192, 64).t())
-    check(x.clone().requires_grad_())
-    with torch.autocast("cpu", torch.bfloat16):
-        check(x)
+    for some in (x, x[:1]):
+        check(some.clone().requires_grad_())
+        with torch.autocast("cpu", torch.bfloat16):
+            check(some)
     torch.set_float32_matmul_precision("medium")
     try:
         check(x)
+        check(x[:1])
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
+TOKEN_SHAPES = [(8, 4), (9, 8), (33, 64), (1000, 1020), (50, 2048), (3, 64), (16, 30), (4099, 768)]
+
+
+@multiplies_floats
+@pytest.mark.parametrize("shape", TOKEN_SHAPES)
+@pytest.mark.parametrize("quarter", [0, 1, 2, 3])
+def test_one_token_of_floats(shape: tuple[int, int], quarter: int, by_native: list[int]) -> None:
+    memory = torch.randn(shape[0] * shape[1] + 8)
+    weight = memory[(quarter - kernels.first_in_quad(memory)) % 4 :][: shape[0] * shape[1]].view(shape)
+    for bias in (None, torch.randn(shape[0])):
+        for x in (torch.randn(1, shape[1]), torch.randn(1, 1, shape[1] + 1)[..., 1:], torch.randn(shape[1])):
+            is_known = sums_like_torch(*shape, bias is not None, quarter)
+            by_native.clear()
+            assert same(product.linear(x, weight, bias), functional.linear(x, weight, bias))
+            assert by_native == [1] * is_known
+
+
+@multiplies_floats
+@pytest.mark.parametrize("shape", [(1, 1), (4, 8), (7, 33), (64, 1024), (1024, 16), (1025, 3072), (100, 5000)])
+@pytest.mark.parametrize("skip", [0, 2, 5])
+def test_one_token_of_floats_with_a_turned_matrix(shape: tuple[int, int], skip: int, by_native: list[int]) -> None:
+    weight, bias = torch.randn(shape[0] * shape[1] + skip)[skip:].view(shape), torch.randn(shape[1])
+    for x in (torch.randn(1, shape[0]), torch.randn(1, 1, shape[0])):
+        is_known = adds_like_torch(*shape)
+        by_native.clear()
+        got = product.turned(x, weight, bias)
+        assert got.shape == (*x.shape[:-1], shape[1])
+        assert same(got.view(1, -1), torch.addmm(bias, x.view(1, -1), weight))
+        assert by_native == [1] * is_known
+
+
+@multiplies_floats
+def test_several_tokens_with_a_turned_matrix() -> None:
+    weight, bias, x = torch.randn(64, 96), torch.randn(96), torch.randn(2, 5, 64)
+    assert same(product.turned(x, weight, bias), torch.addmm(bias, x.view(10, 64), weight).view(2, 5, 96))
+
+
+@multiplies_floats
+def test_what_is_left_over_of_rows_is_torchs(by_native: list[int]) -> None:
+    """GPT-2's vocabulary has 50257 rows, and a range of them 1105."""
+    weight, x = torch.randn(1105, 1024), torch.randn(1, 1, 1024)
+    assert same(product.linear(x, weight, None), functional.linear(x, weight))
+
+
 @multiplies_floats
 def test_an_order_of_floats_that_is_not_among_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "FLOAT_BLOCKS", (1, 5))
-    product._try_blocks.cache_clear()
+    monkeypatch.setattr(orders, "FLOAT_BLOCKS", (1, 5))
+    orders._try_blocks.cache_clear()
     assert summing_block(torch.float32, 16, 64, 384, True, torch.get_num_threads()) == 0
-    product._try_blocks.cache_clear()
+    orders._try_blocks.cache_clear()
 
 
 def test_what_cannot_stay_packed() -> None:

@@ -156,6 +156,47 @@ void multiply_some_floats(const u8* data, size_t size) {
     }
 }
 
+// One token, with rows and with the turned matrix that has the same numbers; in places that begin anywhere.
+void multiply_one_token(const u8* data, size_t size) {
+  if (!can_multiply_floats()) return;
+  const size_t rows = 1 + load<u16>(data + 2) % 3000, columns = 4 * (1 + load<u16>(data + 4) % 60), head = 1 + data[6] % 4;
+  const Exact x(4 * std::max(rows, columns)), weights(4 * rows * columns), bias(x.size), y(4 * rows), turned(4 * columns);
+  const auto fill = [&](const Exact& numbers) {
+    for (size_t i = 0; i < numbers.size / 4; ++i)
+      store(numbers.bytes.get() + 4 * i, float(data[(i * 7 + numbers.size) % size]) / 64 - 2);
+  };
+  fill(x), fill(weights), fill(bias);
+  const auto number = [](const Exact& from, size_t i) { return load<float>(from.bytes.get() + 4 * i); };
+  const unsigned threads = 1 + data[7] % 3;
+  multiply_float_token({x.bytes.get(), 1, columns, nullptr, columns, y.bytes.get(), rows}, weights.bytes.get(), rows, head,
+                       threads);
+  multiply_float_columns({x.bytes.get(), 1, rows, bias.bytes.get(), 1, turned.bytes.get(), columns}, weights.bytes.get(),
+                         columns, threads);
+  for (size_t r = 0; r < rows; r += 1 + r / 16) {
+    volatile float product, lanes[4] = {};  // volatile: no product is added before it is rounded
+    const size_t main = head + (columns - head) / 4 * 4;
+    for (size_t c = 0; c < main; ++c) {
+      product = number(x, c) * number(weights, r * columns + c);
+      lanes[c < head ? 0 : (c - head) % 4] = lanes[c < head ? 0 : (c - head) % 4] + product;
+    }
+    const float even = lanes[0] + lanes[2], odd = lanes[1] + lanes[3];
+    volatile float total = even + odd;
+    for (size_t c = main; c < columns; ++c) {
+      product = number(x, c) * number(weights, r * columns + c);
+      total = total + product;
+    }
+    require(number(y, r) == total, "a product of one token differs");
+  }
+  for (size_t c = 0; c < columns; ++c) {
+    volatile float product, total = number(bias, c);
+    for (size_t r = 0; r < rows; ++r) {
+      product = number(x, r) * number(weights, r * columns + c);
+      total = total + product;
+    }
+    require(number(turned, c) == total, "a product with a turned matrix differs");
+  }
+}
+
 void seal(std::vector<u8>& chunk) {
   if (chunk.size() >= HEADER_BYTES)
     store(chunk.data(), checksum(best_path(), chunk.data() + CHECKED_FROM, chunk.size() - CHECKED_FROM));
@@ -167,6 +208,7 @@ void one_input(const u8* data, size_t size) {
   if (size < 8) return;
   if (data[0] % 8 == 7) return one_matrix(data, size);
   if (data[0] % 64 == 6) return multiply_some_floats(data, size);
+  if (data[0] % 64 == 14) return multiply_one_token(data, size);
   const u8 kind = data[0] % 4, how = data[1];
   const size_t item = items[kind], skip = load<u16>(data + 2) % 600, wanted = load<u16>(data + 4) % 600;
   std::vector<u8> content(data + 8, data + size);

@@ -17,7 +17,8 @@ from torch.nn import functional
 from hermes.errors import EngineError
 from hermes.memory.arena import Arena
 from hermes.model.blocks import Block, Bound, LoadFactory
-from hermes.model.mapping import is_plain_linear
+from hermes.model.mapping import is_plain_linear, is_turned_linear
+from hermes.model.product import turned
 from hermes.model.quantized import QuantizedRows
 from hermes.model.units import Partition, Unit
 from hermes.pipeload import Load, Place
@@ -110,6 +111,8 @@ class Binding:
             if unit.rows is None and isinstance(inner, nn.Linear) and self._is_product(inner, unit, block):
                 whole = (block, (0, inner.out_features))
                 self._replace(inner, self._linear_forward(inner, unit.module, [whole]))
+            elif unit.rows is None and is_turned_linear(inner) and self._is_matrix(unit):
+                self._replace(inner, self._turned_forward(inner, block))
             elif unit.rows is None:
                 self._replace(inner, self._unit_forward(inner, block))
         for name in partition.rowwise:
@@ -202,8 +205,11 @@ class Binding:
         """A linear layer that `product` computes, nothing but a matrix, or one that is quantised."""
         if isinstance(self._blocks[block].matrices.get(unit.module), QuantizedRows):
             return True
-        weight = f"{unit.module}.weight" if unit.module else "weight"
-        return is_plain_linear(module) and unit.parameters == (self._factory.canonical(weight),)
+        return is_plain_linear(module) and self._is_matrix(unit)
+
+    def _is_matrix(self, unit: Unit) -> bool:
+        """Nothing waits for this unit but its module's weight."""
+        return unit.parameters == (self._factory.canonical(f"{unit.module}.weight" if unit.module else "weight"),)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         module.__dict__["forward"] = functools.wraps(module.forward)(forward)  # transformers reads its signature
@@ -252,6 +258,13 @@ class Binding:
                 part = None if bias is None else bias[begin:end]
                 output[..., begin:end] = self._blocks[block].matrices[name].linear(input, part)
             return output
+
+        return forward
+
+    def _turned_forward(self, module: nn.Module, block: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            self.enter(block)
+            return turned(x, cast(torch.Tensor, module.weight), cast(torch.Tensor, module.bias))
 
         return forward
 

@@ -23,7 +23,7 @@ from hermes.errors import ModelError
 from hermes.model.quantized import QuantizedMatrix
 from hermes.model.runs import Runs
 
-__all__ = ["Source", "WeightMap", "is_plain_linear", "is_transformers_model", "map_weights"]
+__all__ = ["Source", "WeightMap", "is_plain_linear", "is_transformers_model", "is_turned_linear", "map_weights"]
 
 _PREFIXES = ("module.", "model.")
 _NUM_NAMED = 5
@@ -89,6 +89,12 @@ def is_transformers_model(module: nn.Module) -> bool:
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling it is `functional.linear` with its weight and bias, and nothing that a class has added."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def is_turned_linear(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D: a linear layer whose matrix lies turned."""
+    layers = sys.modules.get("transformers.pytorch_utils")
+    return layers is not None and type(module) is layers.Conv1D
 
 
 def _map_plain(module: nn.Module, entries: Mapping[str, TensorEntry]) -> WeightMap:

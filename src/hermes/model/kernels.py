@@ -1,0 +1,84 @@
+"""The native module's products, over tensors: thin, and with no word on whether torch would give the same bits.
+
+All of them run on torch's number of threads, without the interpreter lock, and take matrices as they lie in memory.
+"""
+
+import math
+
+import torch
+from torch.nn import functional
+
+from hermes.checkpoint.decoder import native
+
+__all__ = [
+    "QUAD_ROWS", "can_multiply", "first_in_quad", "multiply", "multiply_token", "multiply_turned", "operands",
+]  # fmt: skip
+
+QUAD_ROWS = 4
+"""One token of float32 goes through so many rows at a time, what is left over in another order."""
+
+
+def can_multiply(dtype: torch.dtype) -> bool:
+    """Whether there are products of this type on this processor."""
+    if native() is None:
+        return False
+    if dtype == torch.float32:
+        return bool(native().can_multiply_floats())
+    return dtype == torch.bfloat16 and bool(native().can_multiply())
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block: int) -> torch.Tensor:
+    """`x @ weight.T + bias`, summed from nothing again after each `block` columns."""
+    x = x.contiguous()
+    what, output = operands(x, weight.shape[0], bias, block)
+    if weight.dtype == torch.float32:
+        scratch = torch.empty(native().float_scratch_bytes(what["tokens"], x.shape[-1]), dtype=torch.uint8)
+        native().multiply_floats(weight.data_ptr(), *weight.shape, scratch=scratch.data_ptr(), **what)
+    else:
+        native().multiply(weight.data_ptr(), *weight.shape, **what)
+    return output
+
+
+def operands(x: torch.Tensor, rows: int, bias: torch.Tensor | None, block: int) -> tuple[dict[str, int], torch.Tensor]:
+    """What the native module is told of the tokens, which the caller keeps, and where their products will be."""
+    output = x.new_empty(*x.shape[:-1], rows)
+    return {
+        "x": x.data_ptr(),
+        "tokens": math.prod(x.shape[:-1]),
+        "bias": 0 if bias is None else bias.data_ptr(),
+        "block": block,
+        "y": output.data_ptr(),
+        "y_stride": rows,
+        "threads": torch.get_num_threads(),
+    }, output
+
+
+def multiply_token(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same of one float32 token, in four lanes; but what is left over of rows, behind some others, by torch."""
+    rows, columns = weight.shape
+    x = x.contiguous()
+    output = x.new_empty(*x.shape[:-1], rows)
+    native().multiply_float_token(
+        weight.data_ptr(), rows, columns, x=x.data_ptr(), bias=0 if bias is None else bias.data_ptr(),
+        head=4 - first_in_quad(weight), y=output.data_ptr(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if rest := rows % QUAD_ROWS:
+        last = slice(-rest - QUAD_ROWS, None)
+        output[..., -rest:] = functional.linear(x, weight[last], None if bias is None else bias[last])[..., -rest:]
+    return output
+
+
+def multiply_turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`x @ weight + bias` of one float32 token, one row after the other added to the bias."""
+    x = x.contiguous()
+    output = x.new_empty(*x.shape[:-1], weight.shape[1])
+    native().multiply_float_columns(
+        weight.data_ptr(), *weight.shape, x=x.data_ptr(), bias=bias.data_ptr(), y=output.data_ptr(),
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return output
+
+
+def first_in_quad(weight: torch.Tensor) -> int:
+    """Where its first row begins in 16 bytes, in numbers. MKL takes columns singly up to such a boundary."""
+    return weight.data_ptr() // weight.element_size() % 4
