@@ -12,7 +12,7 @@ HERMES_TARGET_BEGIN(HERMES_AVX512)
 namespace {
 
 constexpr size_t QUADS = 2;            // of rows at a time, so that a core need not wait for its sums
-constexpr size_t MOST_COLUMNS = 1024;  // of a turned matrix at a time, their sums in the first-level cache
+constexpr size_t MOST_COLUMNS = 4096;  // of a turned matrix at a time, their sums in the first-level cache
 constexpr int ROWS = 16;               // of such a matrix at a time
 constexpr __mmask16 EACH_FIRST = 0x1111;  // lane of each four
 

@@ -14,25 +14,27 @@ namespace hermes {
 void on_threads(unsigned threads, void (*body)(void*), void* data);
 
 // Rows [begin, end), so many at a time, to threads as they come: `work(from, to, next)`, `next` being the rows that the
-// same thread does afterwards, or `end`; until one fails.
+// same thread does afterwards, or `end` where that is not known yet; until one fails.
 template <class Work>
 Result over_tiles(size_t begin, size_t end, size_t rows, unsigned threads, Work work) {
   struct Deal {
     Work* work;
-    size_t end, rows;
+    size_t end, rows, last;  // from there on nobody takes what he does not do at once: others would wait for him
     std::atomic<size_t> next;
     std::atomic<bool> failed{false};
     Result fault{Fault::NONE, 0};
 
     size_t deal() { return std::min(end, next.fetch_add(rows)); }
     void run() {
-      for (size_t row = deal(), after; row < end && !failed; row = after) {
-        after = deal();
+      for (size_t row = deal(); row < end && !failed;) {
+        const bool is_last = next >= last;
+        const size_t after = is_last ? end : deal();
         const Result result = (*work)(row, std::min(row + rows, end), after);
         if (result.fault != Fault::NONE && !failed.exchange(true)) fault = result;
+        row = is_last ? deal() : after;
       }
     }
-  } deal{&work, end, rows, begin};
+  } deal{&work, end, rows, end - std::min(end - begin, threads * rows), begin};
   const size_t tiles = (end - begin + rows - 1) / rows;
   on_threads(unsigned(std::min<size_t>(threads, tiles)), [](void* data) { static_cast<Deal*>(data)->run(); }, &deal);
   return deal.fault;
