@@ -146,18 +146,13 @@ struct Group {
   }
 };
 
-// Rows [from, to) with turned tokens, the first of which is number `token`.
-void multiply_group(const Product& p, const float* weights, size_t from, size_t to, const float* next, const Turned& x,
-                    size_t token) {
-  Group group(p, weights, from, to - from);
-  group.multiply(x, next);
-  group.write(x.tokens, reinterpret_cast<float*>(p.y) + token * p.y_stride);
-}
+}  // namespace
 
-// Rows are dealt out, with all tokens, which all threads turn before.
-void deal_rows(const Product& p, const float* weights, size_t rows, float* scratch, unsigned threads) {
+bool can_multiply_floats() { return best_path().name == std::string_view("avx512"); }
+
+void multiply_floats(const Product& p, const u8* weights, size_t rows, u8* scratch, unsigned threads) {
   for (size_t token = 0; token < p.tokens; token += TOKENS) {
-    const Turned x{scratch, std::min(TOKENS, p.tokens - token), p.columns};
+    const Turned x{reinterpret_cast<float*>(scratch), std::min(TOKENS, p.tokens - token), p.columns};
     // Other threads would take longer to begin than this takes with few tokens.
     const unsigned fillers = x.tokens * x.columns < FEW ? 1 : threads;
     over_tiles(0, x.tokens, LANES, fillers, [&](size_t from, size_t, size_t) -> Result {
@@ -165,40 +160,12 @@ void deal_rows(const Product& p, const float* weights, size_t rows, float* scrat
       return {Fault::NONE, 0};
     });
     over_tiles(0, rows, ROWS, threads, [&](size_t from, size_t to, size_t next) -> Result {
-      multiply_group(p, weights, from, to, next < rows ? weights + next * p.columns : nullptr, x, token);
+      Group group(p, floats(weights), from, to - from);
+      group.multiply(x, next < rows ? floats(weights) + next * p.columns : nullptr);
+      group.write(x.tokens, reinterpret_cast<float*>(p.y) + token * p.y_stride);
       return {Fault::NONE, 0};
     });
   }
-}
-
-// Tokens are dealt out, with all rows: nobody waits for others but at the end. Each thread has as many shares, all of
-// them alike but for 16 tokens.
-void deal_tokens(const Product& p, const float* weights, size_t rows, float* scratch, unsigned threads) {
-  const size_t strips = (p.tokens + LANES - 1) / LANES;
-  const size_t shares = (p.tokens + threads * FLOAT_SHARE - 1) / (threads * FLOAT_SHARE) * threads;
-  std::atomic<size_t> dealt{0};
-  over_tiles(0, threads, 1, threads, [&](size_t worker, size_t, size_t) -> Result {
-    for (size_t share; (share = dealt++) < shares;) {
-      const size_t token = strips * share / shares * LANES;
-      const size_t end = std::min(strips * (share + 1) / shares * LANES, p.tokens);
-      const Turned x{scratch + worker * FLOAT_SHARE * p.columns, end - token, p.columns};
-      for (size_t t = 0; t < x.tokens; t += LANES) x.fill(floats(p.x) + token * p.columns, t);
-      for (size_t row = 0, next; row < rows; row = next) {
-        next = std::min(row + ROWS, rows);
-        multiply_group(p, weights, row, next, next < rows ? weights + next * p.columns : nullptr, x, token);
-      }
-    }
-    return {Fault::NONE, 0};
-  });
-}
-
-}  // namespace
-
-bool can_multiply_floats() { return best_path().name == std::string_view("avx512"); }
-
-void multiply_floats(const Product& p, const u8* weights, size_t rows, u8* scratch, unsigned threads) {
-  const auto deal = deals_tokens(p.tokens, threads) ? deal_tokens : deal_rows;
-  deal(p, floats(weights), rows, reinterpret_cast<float*>(scratch), threads);
 }
 
 HERMES_TARGET_END

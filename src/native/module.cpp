@@ -173,7 +173,7 @@ NB_MODULE(_native, m) {
         "Multiply bf16 tokens at x with rows of bf16 weights, into y.");
   m.def("can_multiply_floats", &can_multiply_floats, "Whether this processor has what products with float32 need.");
   m.def("float_scratch_bytes", &float_scratch_bytes, nb::arg("tokens"), nb::arg("columns"),
-        nb::arg("threads"), "What `multiply_floats` needs to work in.");
+        "What `multiply_floats` needs to work in.");
   m.def("multiply_floats", &multiply_float_rows, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"),
         nb::arg("tokens"), nb::arg("bias"), nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("scratch"),
         nb::arg("threads"), "Multiply float32 tokens at x with rows of float32 weights, into y.");

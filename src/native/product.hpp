@@ -72,11 +72,8 @@ bool can_multiply_floats();
 void multiply_floats(const Product& p, const u8* weights, size_t rows, u8* scratch, unsigned threads);
 inline constexpr size_t FLOAT_MOST_BLOCK = 512;
 inline constexpr size_t FLOAT_TOKENS = 256;  // at once; more of them take turns
-inline constexpr size_t FLOAT_SHARE = 128;   // that a thread takes for itself at most, where there are many of them
-inline bool deals_tokens(size_t tokens, unsigned threads) { return tokens >= 2 * FLOAT_SHARE * threads; }
-inline size_t float_scratch_bytes(size_t tokens, size_t columns, unsigned threads) {
-  const size_t padded = (std::min(tokens, FLOAT_TOKENS) + 15) / 16 * 16;
-  return (deals_tokens(tokens, threads) ? threads * FLOAT_SHARE : padded) * columns * 4;
+inline size_t float_scratch_bytes(size_t tokens, size_t columns) {
+  return (std::min(tokens, FLOAT_TOKENS) + 15) / 16 * 16 * columns * 4;
 }
 
 // One token of float32 with rows of float32, each product rounded before it is added: the first `head` columns, 1 to 4 of

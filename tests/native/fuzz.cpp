@@ -129,7 +129,7 @@ void one_matrix(const u8* data, size_t size) {
 // float32 in exactly as large buffers as they may be, with what one column after the other gives.
 void multiply_some_floats(const u8* data, size_t size) {
   if (!can_multiply_floats()) return;
-  const size_t tokens = 1 + load<u16>(data + 2) % 900, rows = 1 + data[4] % 60, columns = 1 + load<u16>(data + 5) % 700;
+  const size_t tokens = 1 + load<u16>(data + 2) % 300, rows = 1 + data[4] % 60, columns = 1 + load<u16>(data + 5) % 700;
   const size_t block = 1 + load<u16>(data + 1) % FLOAT_MOST_BLOCK;
   const auto some = [&](size_t count, size_t from) {
     Exact numbers(count * 4);
@@ -139,7 +139,7 @@ void multiply_some_floats(const u8* data, size_t size) {
   };
   const Exact x = some(tokens * columns, 0), weights = some(rows * columns, 5), bias = some(rows, 9);
   const unsigned threads = 1 + data[7] % 3;
-  const Exact y(tokens * rows * 4), scratch(float_scratch_bytes(tokens, columns, threads));
+  const Exact y(tokens * rows * 4), scratch(float_scratch_bytes(tokens, columns));
   const u8* given = data[7] % 2 ? bias.bytes.get() : nullptr;
   multiply_floats({x.bytes.get(), tokens, columns, given, block, y.bytes.get(), rows}, weights.bytes.get(), rows,
                   scratch.bytes.get(), threads);

@@ -32,8 +32,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, b
     x = x.contiguous()
     what, output = operands(x, weight.shape[0], bias, block)
     if weight.dtype == torch.float32:
-        nbytes = native().float_scratch_bytes(what["tokens"], x.shape[-1], what["threads"])
-        scratch = torch.empty(nbytes, dtype=torch.uint8)
+        scratch = torch.empty(native().float_scratch_bytes(what["tokens"], x.shape[-1]), dtype=torch.uint8)
         native().multiply_floats(weight.data_ptr(), *weight.shape, scratch=scratch.data_ptr(), **what)
     else:
         native().multiply(weight.data_ptr(), *weight.shape, **what)

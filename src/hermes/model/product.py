@@ -1,8 +1,8 @@
 """Linear layers: products with packed matrices, and faster ones with plain ones, with the bits that torch gives.
 
 The native module multiplies (`kernels`) where it is faster and sums in torch's order (`orders`): few tokens of bf16 and
-one of float32, where memory is the limit, and from 4 of float32 on, where MKL spends up to a third of its time on moving
-weights about. Everything else torch does.
+one of float32, where memory is the limit, and from 4 to 512 of float32, where MKL spends up to a third of its time on
+moving weights about. Everything else torch does.
 
 Packed rows are of bf16. They are unpacked into a core's own cache, so that memory is read once, at 11 bits a weight;
 for many tokens, a few rows at a time for torch.
