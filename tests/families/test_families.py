@@ -207,8 +207,8 @@ def test_config_is_left_alone(checkpoints: dict[str, Path]) -> None:
 def test_rows_of_embeddings_near_each_other_and_apart(
     apart: int, at_a_time: int, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hermes.model.binding.ROWS_APART_BYTES", apart)
-    monkeypatch.setattr("hermes.model.binding.ROWS_AT_A_TIME_BYTES", at_a_time)
+    monkeypatch.setattr("hermes.model.rows.APART_BYTES", apart)
+    monkeypatch.setattr("hermes.model.rows.READ_BYTES", at_a_time)
     family, path = FAMILIES["bert"], checkpoints["bert"]
     ids = torch.tensor([[299, 0, 7, 8, 8, 120, 64, 1]])
     with torch.no_grad():

@@ -6,13 +6,11 @@ leaves its fast path, and its bits, when it sees a hook.
 """
 
 import functools
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from hermes.errors import EngineError
 from hermes.memory.arena import Arena
@@ -20,15 +18,11 @@ from hermes.model.blocks import Block, Bound, LoadFactory
 from hermes.model.mapping import is_plain_linear, is_turned_linear
 from hermes.model.product import turned
 from hermes.model.quantized import QuantizedRows
+from hermes.model.rows import KEPT_BYTES, RowTable
 from hermes.model.units import Partition, Unit
 from hermes.pipeload import Load, Place
 
-__all__ = ["Binding", "BlockSource", "runs_of"]
-
-ROWS_AT_A_TIME_BYTES = 4 * 2**20
-"""Memory that row-wise lookups pass through."""
-ROWS_APART_BYTES = 32 * 2**10
-"""Rows with no more than this between them are read together: that costs less than a read more, from 250 MB/s on."""
+__all__ = ["Binding", "BlockSource"]
 
 
 class BlockSource(Protocol):
@@ -77,6 +71,7 @@ class Binding:
         block_of_unit: number of the block that holds each unit.
         factory: makes the loads of single rows.
         demand: bytes that a pass takes besides weights, by the positional and the keyword arguments it is given.
+        kept_row_bytes: of rows that stay, of each embedding that is read by row.
     """
 
     def __init__(
@@ -90,6 +85,7 @@ class Binding:
         block_of_unit: Sequence[int],
         factory: LoadFactory,
         demand: Callable[[Sequence[Any], Mapping[str, Any]], int] = lambda args, kwargs: 0,
+        kept_row_bytes: int = KEPT_BYTES,
     ) -> None:
         self._module = module
         self._demand = demand
@@ -98,6 +94,7 @@ class Binding:
         self._is_plain = all(bound.is_view for block in blocks for bound in block.bound)
         self._pinned = pinned
         self._factory = factory
+        self._kept_row_bytes = kept_row_bytes
         self._current: int | None = None
         self._is_all_bound = False
         self._places: list[tuple[Place, ...]] = []  # of every block; what is resident stays where it is
@@ -269,55 +266,12 @@ class Binding:
         return forward
 
     def _rowwise_forward(self, embedding: nn.Embedding, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        weight = self._factory.canonical(name)
+        table = RowTable(embedding, name, self._factory, self._source.fetch, self._kept_row_bytes)
 
         def forward(input: torch.Tensor) -> torch.Tensor:
-            rows, place = torch.unique(input, return_inverse=True)
-            if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < embedding.num_embeddings:
-                raise IndexError(f"{name}: index {int(rows[-1])} is outside its {embedding.num_embeddings} rows")
-            return functional.embedding(place, self._read_rows(weight, rows.tolist()))
+            return table.embed(input)
 
         return forward
-
-    def _read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """The given rows (sorted, distinct) of a parameter, in order; those near each other come in one read."""
-        table = self._factory.empty_rows(name, len(rows))
-        if not table.numel():
-            return table
-        wanted = table.view(torch.uint8).view(len(rows), -1)
-        row_bytes = wanted.shape[1]
-        runs = runs_of(rows, apart=ROWS_APART_BYTES // row_bytes, most=max(1, ROWS_AT_A_TIME_BYTES // row_bytes))
-        buffer: Arena | None = None
-        while runs:
-            loads: list[tuple[Load, int, range]] = []  # load, its slot, which of the wanted rows it brings
-            used = 0
-            while runs and (used < ROWS_AT_A_TIME_BYTES or not loads):
-                run = runs.popleft()
-                load = self._factory.rows(name, rows[run[0]], rows[run[-1]] + 1)
-                loads.append((load, used, run))
-                used += load.slot_bytes
-            if buffer is None or buffer.nbytes < used:
-                buffer = Arena(used)
-            self._source.fetch([(load, buffer.view[slot : slot + load.slot_bytes]) for load, slot, _ in loads])
-            flat = torch.frombuffer(buffer.view, dtype=torch.uint8)
-            for load, slot, run in loads:
-                begin = slot + load.data_offset
-                read = flat[begin : begin + load.nbytes].view(-1, row_bytes)
-                places = torch.tensor([rows[index] - rows[run[0]] for index in run])
-                torch.index_select(read, 0, places, out=wanted[run[0] : run[-1] + 1])
-        return table
-
-
-def runs_of(rows: Sequence[int], *, apart: int, most: int) -> deque[range]:
-    """Indices of rows (sorted, distinct) in runs: so many at most between two rows, and no more from first to last."""
-    runs: deque[range] = deque()
-    for index, row in enumerate(rows):
-        first = rows[runs[-1][0]] if runs else row
-        if runs and row - rows[index - 1] - 1 <= apart and row - first < most:
-            runs[-1] = range(runs[-1][0], index + 1)
-        else:
-            runs.append(range(index, index + 1))
-    return runs
 
 
 def _storage(arena: Arena) -> torch.UntypedStorage:

@@ -16,8 +16,8 @@ __all__ = ["FLOAT_TOKENS", "GROUP_ROWS", "MOST_TOKENS", "adds_like_torch", "summ
 MOST_TOKENS = 16
 """Of bf16; above, torch's own product and the unpacking before it are faster."""
 FLOAT_TOKENS = range(4, 513)
-"""Of float32; 2 or 3 are summed in an order of their own, and above, MKL is as fast but for a few per cent, which trying
-takes again where batches are of ever other sizes."""
+"""Of float32; 2 or 3 are summed in an order of their own, and above, MKL is as fast but for a few per cent, which
+trying takes again where batches are of ever other sizes."""
 COLUMNS = 32
 """The native product of bf16 takes multiples of this."""
 GROUP_ROWS = 16

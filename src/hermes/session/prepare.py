@@ -14,12 +14,12 @@ from hermes.checkpoint import Checkpoint, Reader, open_checkpoint, open_reader, 
 from hermes.errors import ModelError, ProfileError
 from hermes.memory.pages import drop_idle_pages
 from hermes.memory.probe import memory_split
-from hermes.model.binding import ROWS_AT_A_TIME_BYTES
 from hermes.model.blocks import Block, LoadFactory, torch_dtype
 from hermes.model.inputs import example_inputs, max_length, vocabulary_size
 from hermes.model.lean import lean_imports
 from hermes.model.mapping import WeightMap, is_plain_linear, is_transformers_model, map_weights
 from hermes.model.product import can_stay_packed
+from hermes.model.rows import KEPT_BYTES, KEPT_OF_MANY_BYTES, READ_BYTES
 from hermes.model.skeleton import build_skeleton, finish_skeleton
 from hermes.model.trace import Trace, trace_apart
 from hermes.model.units import GRANULARITIES, HEAD_ROWS, Granularity, Partition, Unit, group_units, partition
@@ -77,10 +77,21 @@ class Prepared:
             self.workload,
             self.trace,
             vocabulary_size=vocabulary_size(self.module),
-            row_buffer_bytes=2 * ROWS_AT_A_TIME_BYTES if self.partition.rowwise else 0,
+            row_bytes=self._row_bytes,
         )
         nbytes += PACKED_HEAP_BYTES if self.checkpoint.packed else 0
         return nbytes + (QUANTIZED_HEAP_BYTES if self.checkpoint.quantized else 0)
+
+    @property
+    def kept_row_bytes(self) -> int:
+        """Of rows that stay in memory, of each embedding that is read by row."""
+        return KEPT_OF_MANY_BYTES if self.workload.varies else KEPT_BYTES
+
+    @property
+    def _row_bytes(self) -> int:
+        names = [f"{name}.weight" if name else "weight" for name in self.partition.rowwise]
+        kept = sum(min(self._nbytes(name, None), self.kept_row_bytes) for name in names)
+        return READ_BYTES + kept if names else 0
 
     @property
     def model_class(self) -> str:

@@ -57,10 +57,10 @@ class Workload:
         )
 
 
-def heap_bytes(workload: Workload, trace: Trace | None, *, vocabulary_size: int, row_buffer_bytes: int) -> int:
-    """Activations at their peak, the key-value cache at its longest, row buffers, scores, and slack."""
+def heap_bytes(workload: Workload, trace: Trace | None, *, vocabulary_size: int, row_bytes: int) -> int:
+    """Activations at their peak, the key-value cache at its longest, rows of embeddings, scores, and slack."""
     if trace is None:
-        return UNTRACED_HEAP_BYTES + HEAP_SLACK_BYTES + row_buffer_bytes
+        return UNTRACED_HEAP_BYTES + HEAP_SLACK_BYTES + row_bytes
     length = workload.sequence_length + workload.max_new_tokens
     cache = (
         trace.cache_bytes * length // max(1, workload.sequence_length) if workload.max_new_tokens else trace.cache_bytes
@@ -68,4 +68,4 @@ def heap_bytes(workload: Workload, trace: Trace | None, *, vocabulary_size: int,
     scores = LOGITS_COPIES * 4 * workload.batch_size * vocabulary_size if workload.max_new_tokens else 0
     share = HEAP_OF_VARYING_ACTIVATIONS if workload.varies else HEAP_OF_ACTIVATIONS
     activations = int(share * (trace.peak_bytes - trace.cache_bytes))
-    return activations + cache + scores + row_buffer_bytes + HEAP_SLACK_BYTES
+    return activations + cache + scores + row_bytes + HEAP_SLACK_BYTES
