@@ -61,7 +61,8 @@ def fleet_of(nets, names, *, spare_bytes, **options):
     fleet = hermes.Fleet(budget="1GiB", **options)
     for name in names:
         fleet.add(name, skeleton(name), nets[name][1], example_args=(PIXELS,))
-    fleet.budget_bytes = resident_bytes() + 48 * MIB + spare_bytes  # margin, slack and activations; and for weights
+    # Margin, slack and activations; and for weights.
+    fleet.budget_bytes = fleet._measure_floor() + 48 * MIB + spare_bytes
     return fleet
 
 

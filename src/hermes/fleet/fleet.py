@@ -19,7 +19,8 @@ from hermes.fleet.schedule import POLICIES, Policy
 from hermes.fleet.shares import Shares
 from hermes.fleet.turns import Turns
 from hermes.fleet.worker import Worker
-from hermes.memory.allocator import hold_heap, keep_heap_tight, trim_heap
+from hermes.memory.allocator import hold_heap, keep_heap_tight
+from hermes.memory.pages import Code, code_in_use, drop_idle_pages, fetch_code
 from hermes.memory.probe import peak_resident_bytes, resident_bytes
 from hermes.model.blocks import Block
 from hermes.model.inputs import example_inputs
@@ -84,6 +85,7 @@ class Fleet:
         self._shares: Shares | None = None
         self._lanes = Lanes()
         self._floor_bytes = 0
+        self._codes: list[Code] = []  # of libraries, what the models' passes use
         self._turn_seconds = 0.0
         self._changing = threading.RLock()  # one add, remove or start at a time
         self._closed = False
@@ -159,6 +161,7 @@ class Fleet:
                     ),
                 }
                 self._prepared[name] = prepared
+                self._codes.append(code_in_use() if prepared.known is None else prepared.known.code)
                 if self._workers:
                     self._floor_bytes += SKELETON_BYTES_PER_MODULE * sum(1 for _ in prepared.module.modules())
                     self._settle()
@@ -197,8 +200,7 @@ class Fleet:
                 if not self._candidates:
                     raise InputError("the fleet has no models; add some first")
                 self._turn_seconds = measure_turn() if len(self._candidates) > 1 else 0.0
-                trim_heap()
-                self._floor_bytes = resident_bytes()
+                self._floor_bytes = self._measure_floor()
                 self._settle()
             return self.plan
 
@@ -292,6 +294,13 @@ class Fleet:
             for worker in self._workers.values():
                 worker.pause()
             shares.settle(self.plan.floor_bytes, self.plan.heap_bytes)
+
+    def _measure_floor(self) -> int:
+        """Resident set before any weight: with the code that the models use, without what only measuring needed."""
+        drop_idle_pages()
+        for code in self._codes:
+            fetch_code(code)
+        return resident_bytes()
 
     def _settle(self) -> None:
         """Plan for the models there are, and let each run with its part. Requests wait meanwhile."""
