@@ -14,10 +14,7 @@ from hermes.errors import InputError
 from hermes.memory.allocator import keep_heap_tight, put_off_collections
 from hermes.memory.warm import Warmed
 from hermes.plan import Plan, Problem, make_plan, smallest_budget
-from hermes.profile import (
-    Profile,
-    refresh_bandwidths,
-)
+from hermes.profile import Profile, measure_speed, refresh_bandwidths
 from hermes.session import (
     FORWARDS,
     MARGIN_BYTES,
@@ -279,7 +276,7 @@ def pose_problem(prepared: Prepared, reader: Reader, warmed: Warmed | None = Non
         bandwidths = refresh_bandwidths(
             known.bandwidths, prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, seconds=SAMPLE_SECONDS
         )
-        known = replace(known, bandwidths=tuple(bandwidths))
+        known = replace(known, bandwidths=tuple(bandwidths)).at_speed(measure_speed(getattr(torch, prepared.dtype)))
     if warmed is not None:
         known = replace(known, touch_seconds_per_byte=touch_when_warm(known.touch_seconds_per_byte, warmed))
     problem = prepared.problem(known, factory, floor_bytes=floor_bytes)

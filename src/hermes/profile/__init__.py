@@ -3,7 +3,7 @@
 The passes that measure a model are run by `hermes.session.measure`; disk and kernels are measured here.
 """
 
-from hermes.profile.calibrate import calibrate_compute
+from hermes.profile.calibrate import calibrate_compute, measure_speed
 from hermes.profile.delays import BlockSample, DelayModel, LinearFit, fit_delays
 from hermes.profile.disk import bandwidths_beside_compute, measure_bandwidth, measure_touch, refresh_bandwidths
 from hermes.profile.machine import machine_record
@@ -36,6 +36,7 @@ __all__ = [
     "load_profile",
     "machine_record",
     "measure_bandwidth",
+    "measure_speed",
     "measure_touch",
     "measure_unpacking",
     "profile_path",

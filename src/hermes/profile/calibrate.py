@@ -1,14 +1,17 @@
-"""How fast this machine's kernels are, from one small matrix: for models that were never profiled."""
+"""How fast this machine's kernels are now, from a few matrices: for models that were profiled earlier, or never."""
 
+import statistics
 import time
 
 import torch
 
 from hermes.model.product import linear
 
-__all__ = ["Calibration", "calibrate_compute"]
+__all__ = ["Calibration", "calibrate_compute", "measure_speed"]
 
 ROWS, COLUMNS, NUM_MATRICES = 2048, 1024, 4
+MANY_TOKENS = 128
+SPEED_ROUNDS = 2
 
 
 class Calibration:
@@ -26,19 +29,32 @@ class Calibration:
 def calibrate_compute(dtype: torch.dtype, tokens: int) -> Calibration:
     """Time one linear layer for one token and for `tokens`; also brings the kernels' code into memory. About 50 ms."""
     with torch.no_grad():
-        # More than a core's cache; one allocation, large enough to leave the process when it is freed.
-        weights = torch.full((NUM_MATRICES, ROWS, COLUMNS), 0.01, dtype=dtype)
-        nbytes = weights[0].numel() * weights[0].element_size()
-        single = _best(torch.ones(1, COLUMNS, dtype=dtype), weights)
-        many = _best(torch.ones(min(tokens, 128), COLUMNS, dtype=dtype), weights)
-    return Calibration(single / nbytes, many / (2 * min(tokens, 128) * ROWS * COLUMNS))
+        weights = _weights(dtype)
+        nbytes, tokens = weights[0].nbytes, min(tokens, MANY_TOKENS)
+        single, many = min(_seconds(1, weights)), min(_seconds(tokens, weights))
+    return Calibration(single / nbytes, many / (2 * tokens * ROWS * COLUMNS))
 
 
-def _best(rows: torch.Tensor, weights: torch.Tensor) -> float:
+def measure_speed(dtype: torch.dtype) -> float:
+    """Operations a second of linear layers of many tokens, now: what other guests leave of the machine. About 30 ms."""
+    with torch.no_grad():
+        weights = _weights(dtype)
+        seconds = [second for _ in range(SPEED_ROUNDS) for second in _seconds(MANY_TOKENS, weights)]
+    return 2 * MANY_TOKENS * ROWS * COLUMNS / statistics.median(seconds)
+
+
+def _weights(dtype: torch.dtype) -> torch.Tensor:
+    # More than a core's cache; one allocation, large enough to leave the process when it is freed.
+    return torch.full((NUM_MATRICES, ROWS, COLUMNS), 0.01, dtype=dtype)
+
+
+def _seconds(tokens: int, weights: torch.Tensor) -> list[float]:
+    """Of each product."""
+    x = torch.ones(tokens, COLUMNS, dtype=weights.dtype)
+    linear(x, weights[0], None)  # tries in which order torch sums
     samples = []
-    linear(rows, weights[0], None)  # tries in which order torch sums
     for weight in weights:
         start = time.perf_counter()
-        linear(rows, weight, None)
+        linear(x, weight, None)
         samples.append(time.perf_counter() - start)
-    return min(samples)
+    return samples

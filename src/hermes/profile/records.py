@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hermes.errors import ProfileError
 from hermes.memory.pages import Code
@@ -19,7 +19,9 @@ __all__ = [
     "block_samples",
 ]
 
-PROFILE_VERSION = 7
+PROFILE_VERSION = 8
+FEW_TOKENS = 16
+"""Of these a pass is bound by memory, not by arithmetic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,11 @@ class ComputeRecord:
     """
 
     samples: tuple[tuple[int, float], ...]
+
+    def scaled(self, share: float) -> "ComputeRecord":
+        """Seconds of many tokens times `share`."""
+        samples = ((tokens, cost * share if tokens > FEW_TOKENS else cost) for tokens, cost in self.samples)
+        return ComputeRecord(samples=tuple(samples))
 
     def seconds(self, tokens: int) -> float:
         """For a pass over `tokens` tokens in all (batch x sequence)."""
@@ -111,6 +118,7 @@ class Profile:
         units: in the order of a pass.
         quiet: by tokens in the pass, the part of the units' seconds that they take while no agent reads: products of
             few tokens do little but read memory, which agents write to meanwhile.
+        speed: operations a second of linear layers of many tokens meanwhile; 0 where it was not measured.
         cold_seconds: that a process's first pass computes longer than later ones: code that was never run, buffers that
             kernels make once.
         code: what passes use of the libraries: file -> (offset, bytes).
@@ -133,6 +141,7 @@ class Profile:
     bandwidths: tuple[BandwidthRecord, ...]
     units: tuple[UnitRecord, ...]
     quiet: tuple[tuple[int, float], ...] = ()
+    speed: float = 0.0
     cold_seconds: float = 0.0
     code: Code = field(default_factory=dict)
     measured: bool = True
@@ -143,6 +152,17 @@ class Profile:
     def quiet_share(self, tokens: int) -> float:
         """`quiet` for a pass over so many tokens: that of the measured pass most like it, 1 if there is none."""
         return min(self.quiet, key=lambda measured: abs(measured[0] - tokens), default=(tokens, 1.0))[1]
+
+    def at_speed(self, speed: float) -> "Profile":
+        """For another minute: arithmetic is taken to have changed half as much as `speed` has.
+
+        Half, like the disk's rates: one sample may be wrong as much as the profile is old.
+        """
+        if not self.speed:
+            return self
+        share = (1 + self.speed / speed) / 2
+        units = tuple(replace(unit, compute=unit.compute.scaled(share)) for unit in self.units)
+        return replace(self, units=units, speed=speed)
 
     def compute_of(self, unit: str, like: BlockSample | None = None) -> ComputeRecord:
         """Cost of a unit by name; of one that was never measured, by the delay model for a block `like` it.

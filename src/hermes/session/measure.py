@@ -23,6 +23,7 @@ from hermes.profile import (
     fit_delays,
     machine_record,
     measure_bandwidth,
+    measure_speed,
     measure_touch,
     measure_unpacking,
 )
@@ -60,6 +61,8 @@ def measure_profile(prepared: Prepared) -> Profile:
     cgroup = find_cgroup()
     refaults = cgroup.refaults() if cgroup is not None else 0
     began = time.perf_counter()
+    dtype = getattr(torch, prepared.dtype)
+    speeds = [measure_speed(dtype)]
     touch = measure_touch(min(TOUCHED_BYTES, memory_limit(available_bytes()) // 4), step_bytes=TOUCH_STEP_BYTES)
     with prepared.reader() as reader:
         bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, piece_sizes=PIECE_SIZES)
@@ -76,6 +79,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         for _ in range(ROUNDS):
             for tokens, _, seconds in _measured_passes(prepared, session):
                 computes.setdefault(tokens, []).append(seconds)
+            speeds.append(measure_speed(dtype))
         code = code_in_use()
         stats = session.stats
         beside = [
@@ -123,6 +127,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         bandwidths=tuple(bandwidths_beside_compute(bandwidths, beside)),
         units=tuple(units),
         quiet=quiet,
+        speed=statistics.median(speeds),
         cold_seconds=max(0.0, computed_first[0] - alone[whole_tokens]),
         code=code,
         trace=prepared.trace,
