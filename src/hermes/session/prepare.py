@@ -89,9 +89,9 @@ class Prepared:
 
     @property
     def _row_bytes(self) -> int:
-        names = [f"{name}.weight" if name else "weight" for name in self.partition.rowwise]
-        kept = sum(min(self._nbytes(name, None), self.kept_row_bytes) for name in names)
-        return READ_BYTES + kept if names else 0
+        tables = [self.module.get_parameter(f"{name}.weight" if name else "weight") for name in self.partition.rowwise]
+        kept = sum(min(table.numel() * table.element_size(), self.kept_row_bytes) for table in tables)
+        return READ_BYTES + kept if tables else 0
 
     @property
     def model_class(self) -> str:
