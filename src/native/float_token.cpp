@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t QUADS = 2;            // of rows at a time, so that a core need not wait for its sums
 constexpr size_t MOST_COLUMNS = 4096;  // of a turned matrix at a time, their sums in the first-level cache
-constexpr int ROWS = 16;               // of such a matrix at a time
+constexpr int ROWS = 16;                  // of such a matrix at a time
 constexpr __mmask16 EACH_FIRST = 0x1111;  // lane of each four
 
 const float* floats(const u8* at) { return reinterpret_cast<const float*>(at); }
@@ -73,10 +73,10 @@ inline void dot(const float* x, const float* const (&rows)[QUADS * 4], size_t co
   }
 }
 
-// Columns [begin, end) of a matrix whose row 0 begins at `first`, and of what belongs to them. They are counted from the
-// cache line on that a row begins in, so that a vector is a line.
+// Columns [begin, end), counted from the cache line on that a row begins in, so that a vector is a line: as many as are to
+// `skip` come before the first.
 struct Span {
-  size_t begin, end, skip;  // as many columns that are none come first
+  size_t begin, end, skip;
 
   // Of the 16 columns from `column` on those that are there.
   __mmask16 mask(size_t column) const {

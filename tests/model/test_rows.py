@@ -44,7 +44,7 @@ class Table:
         save_file({"weight": self.weight}, path)
         self.read: list[int] = []
         inner = RowTable._read
-        patch.setattr("hermes.session.prepare.KEPT_BYTES", kept_rows * 24 * 4)
+        patch.setattr("hermes.model.rows.KEPT_BYTES", kept_rows * 24 * 4)
         patch.setattr(RowTable, "_read", lambda own, rows, to: self.read.append(len(rows)) or inner(own, rows, to))
         with torch.device("meta"):
             module = torch.nn.Embedding(num_rows, 24)

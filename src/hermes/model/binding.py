@@ -18,7 +18,7 @@ from hermes.model.blocks import Block, Bound, LoadFactory
 from hermes.model.mapping import is_plain_linear, is_turned_linear
 from hermes.model.product import turned
 from hermes.model.quantized import QuantizedRows
-from hermes.model.rows import KEPT_BYTES, RowTable
+from hermes.model.rows import RowTable
 from hermes.model.units import Partition, Unit
 from hermes.pipeload import Load, Place
 
@@ -71,7 +71,6 @@ class Binding:
         block_of_unit: number of the block that holds each unit.
         factory: makes the loads of single rows.
         demand: bytes that a pass takes besides weights, by the positional and the keyword arguments it is given.
-        kept_row_bytes: of rows that stay, of each embedding that is read by row.
     """
 
     def __init__(
@@ -85,7 +84,6 @@ class Binding:
         block_of_unit: Sequence[int],
         factory: LoadFactory,
         demand: Callable[[Sequence[Any], Mapping[str, Any]], int] = lambda args, kwargs: 0,
-        kept_row_bytes: int = KEPT_BYTES,
     ) -> None:
         self._module = module
         self._demand = demand
@@ -94,7 +92,6 @@ class Binding:
         self._is_plain = all(bound.is_view for block in blocks for bound in block.bound)
         self._pinned = pinned
         self._factory = factory
-        self._kept_row_bytes = kept_row_bytes
         self._current: int | None = None
         self._is_all_bound = False
         self._places: list[tuple[Place, ...]] = []  # of every block; what is resident stays where it is
@@ -266,7 +263,7 @@ class Binding:
         return forward
 
     def _rowwise_forward(self, embedding: nn.Embedding, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        table = RowTable(embedding, name, self._factory, self._source.fetch, self._kept_row_bytes)
+        table = RowTable(embedding, name, self._factory, self._source.fetch)
 
         def forward(input: torch.Tensor) -> torch.Tensor:
             return table.embed(input)

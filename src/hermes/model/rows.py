@@ -11,14 +11,12 @@ from hermes.memory.arena import Arena
 from hermes.model.blocks import LoadFactory
 from hermes.pipeload import Load
 
-__all__ = ["KEPT_BYTES", "KEPT_OF_MANY_BYTES", "READ_BYTES", "RowTable", "runs_of"]
+__all__ = ["KEPT_BYTES", "READ_BYTES", "RowTable", "runs_of"]
 
 READ_BYTES = 4 * 2**20
 """Memory that rows are read into, before they are put where they belong."""
 KEPT_BYTES = 4 * 2**20
-"""Of rows of an embedding, to be looked up again."""
-KEPT_OF_MANY_BYTES = 16 * 2**20
-"""The same where sweeps are over many texts, most of which use the same few thousand words."""
+"""Of rows of an embedding, to be looked up again: most texts use the same few thousand words."""
 APART_BYTES = 32 * 2**10
 """Rows with no more than this between them are read together: that costs less than a read more, from 250 MB/s on."""
 
@@ -31,7 +29,6 @@ class RowTable:
         name: what messages call its weight.
         factory: makes the loads of rows.
         fetch: reads loads into the given memory, blocking; the engine's.
-        kept_bytes: of rows that stay.
     """
 
     def __init__(
@@ -40,7 +37,6 @@ class RowTable:
         name: str,
         factory: LoadFactory,
         fetch: Callable[[Sequence[tuple[Load, memoryview]]], None],
-        kept_bytes: int,
     ) -> None:
         self._name = name
         self._num_rows = embedding.num_embeddings
@@ -48,7 +44,7 @@ class RowTable:
         self._factory = factory
         self._fetch = fetch
         self._row_bytes = factory.empty_rows(self._weight, 1).nbytes
-        room = min(self._num_rows, kept_bytes // max(1, self._row_bytes))
+        room = min(self._num_rows, KEPT_BYTES // max(1, self._row_bytes))
         self._kept = factory.empty_rows(self._weight, room)  # takes memory as it is filled
         self._place_of = torch.full((self._num_rows,), -1, dtype=torch.int32)
         self._num_kept = 0

@@ -19,7 +19,7 @@ from hermes.model.inputs import example_inputs, max_length, vocabulary_size
 from hermes.model.lean import lean_imports
 from hermes.model.mapping import WeightMap, is_plain_linear, is_transformers_model, map_weights
 from hermes.model.product import can_stay_packed
-from hermes.model.rows import KEPT_BYTES, KEPT_OF_MANY_BYTES, READ_BYTES
+from hermes.model.rows import KEPT_BYTES, READ_BYTES
 from hermes.model.skeleton import build_skeleton, finish_skeleton
 from hermes.model.trace import Trace, trace_apart
 from hermes.model.units import GRANULARITIES, HEAD_ROWS, Granularity, Partition, Unit, group_units, partition
@@ -83,14 +83,9 @@ class Prepared:
         return nbytes + (QUANTIZED_HEAP_BYTES if self.checkpoint.quantized else 0)
 
     @property
-    def kept_row_bytes(self) -> int:
-        """Of rows that stay in memory, of each embedding that is read by row."""
-        return KEPT_OF_MANY_BYTES if self.workload.varies else KEPT_BYTES
-
-    @property
     def _row_bytes(self) -> int:
         tables = [self.module.get_parameter(f"{name}.weight" if name else "weight") for name in self.partition.rowwise]
-        kept = sum(min(table.numel() * table.element_size(), self.kept_row_bytes) for table in tables)
+        kept = sum(min(table.numel() * table.element_size(), KEPT_BYTES) for table in tables)
         return READ_BYTES + kept if tables else 0
 
     @property

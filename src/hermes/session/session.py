@@ -123,7 +123,6 @@ def start_session(
             block_of_unit=block_of_unit,
             factory=factory,
             demand=demand_of(prepared, plan.heap_bytes),
-            kept_row_bytes=prepared.kept_row_bytes,
         )
     except BaseException:
         engine.close()
