@@ -10,6 +10,8 @@ import pytest
 from hermes.engine.daemon import (
     FAULT_STEP_BYTES,
     FAULTS_PER_SECOND,
+    FAULTS_TO_DROP,
+    FULL_BYTES,
     TRIM_BYTES,
     FaultMeter,
     MemorySample,
@@ -184,7 +186,9 @@ def test_the_daemons_refusal_keeps_its_number(bench, monkeypatch, process, event
 def test_thrash_gives_back_a_step_at_a_time(bench, monkeypatch, process, eventually):
     """Major faults, counted by a script: far more than a few per look."""
     count = itertools.count(0, 10**6)
-    monkeypatch.setattr("hermes.engine.daemon.find_cgroup", lambda: types.SimpleNamespace(limit_bytes=LIMIT))
+    monkeypatch.setattr(
+        "hermes.engine.daemon.find_cgroup", lambda: types.SimpleNamespace(limit_bytes=LIMIT, charged_bytes=lambda: 0)
+    )
     monkeypatch.setattr("hermes.engine.daemon.major_faults", lambda: next(count))
     monkeypatch.setattr("hermes.engine.daemon.WATCH_SECONDS", 0.001)
     monkeypatch.setattr(
@@ -207,24 +211,26 @@ def test_a_burst_of_faults_is_no_thrash():
     meter = FaultMeter(0, 0.0)
     assert meter.rate(100, 0.5) == 0.0  # mid-window
     assert meter.rate(9000, 1.0) == 0.0  # a burst: nothing before it
-    assert meter.latest == 9000.0
     assert meter.rate(9000, 2.0) == 0.0  # and nothing after it
     assert meter.rate(9300, 3.0) == 0.0
     assert meter.rate(9500, 4.0) == 200.0
-    assert meter.rate(9500, 4.5) == meter.latest == 0.0
+    assert meter.rate(9500, 4.5) == 0.0
 
 
 @pytest.mark.parametrize("limit", [LIMIT, None])
-def test_the_first_second_of_thrash_costs_what_was_read_around(monkeypatch, limit):
-    """In a cgroup with a limit; without one, pages are not this process's to give."""
-    faults, seconds, dropped = [0], [0.0], []
-    monkeypatch.setattr("hermes.engine.daemon.find_cgroup", lambda: types.SimpleNamespace(limit_bytes=limit))
+@pytest.mark.parametrize("left", [FULL_BYTES - 1, FULL_BYTES])
+def test_a_full_cgroup_is_rid_of_what_faults_have_read_around(monkeypatch, limit, left):
+    """Of one that is not full nothing is evicted; without a limit, pages are not this process's to give."""
+    faults, seconds, dropped = [5000], [0.0], []
+    cgroup = types.SimpleNamespace(limit_bytes=limit, charged_bytes=lambda: LIMIT - left)
+    monkeypatch.setattr("hermes.engine.daemon.find_cgroup", lambda: cgroup)
     monkeypatch.setattr("hermes.engine.daemon.major_faults", lambda: faults[0])
     monkeypatch.setattr("hermes.engine.daemon.drop_read_around", lambda: dropped.append(seconds[0]))
     thrash = ThrashWatch(lambda: seconds[0])
+    few, many = FAULTS_TO_DROP - 1, FAULTS_PER_SECOND
     rates = []
-    for seconds[0], more in ((0.5, 300), (1.0, 0), (1.5, 0), (2.0, FAULTS_PER_SECOND), (3.0, 200), (4.0, 100)):
+    for seconds[0], more in ((0.1, few), (0.2, 1), (0.3, few), (1.0, 0), (2.0, many), (3.0, many)):
         faults[0] += more
         rates.append(thrash())
-    assert dropped == ([1.0, 3.0, 4.0] if limit else [])
-    assert rates == ([0.0, 0.0, 0.0, 50.0, 50.0, 100.0] if limit else [0.0] * 6)
+    assert dropped == ([0.2, 2.0, 3.0] if limit and left < FULL_BYTES else [])
+    assert rates == ([0.0, 0.0, 0.0, 0.0, 2.0 * few + 1, many] if limit else [0.0] * 6)

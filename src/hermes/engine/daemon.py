@@ -12,7 +12,7 @@ from hermes.errors import BudgetError
 from hermes.memory.allocator import trim_heap
 from hermes.memory.ledger import Ledger
 from hermes.memory.pages import drop_read_around
-from hermes.memory.probe import find_cgroup, major_faults, mapped_bytes, resident_bytes
+from hermes.memory.probe import Cgroup, find_cgroup, major_faults, mapped_bytes, resident_bytes
 from hermes.units import format_budget, format_bytes
 
 __all__ = [
@@ -34,6 +34,10 @@ FAULT_STEP_BYTES = 16 * 2**20
 """Given back at a time while the system evicts code pages that are needed again at once."""
 FAULTS_PER_SECOND = 50
 """More than this is thrash: each waits for the disk, which may read megabytes around the page that was asked for."""
+FAULTS_TO_DROP = 8
+"""What so many have read around is dropped: up to 64 MiB, where Linux reads 8 around each."""
+FULL_BYTES = 32 * 2**20
+"""A cgroup with less than this left is full: the next pages that are read take the place of others."""
 
 
 class WorkingSet:
@@ -77,8 +81,7 @@ class MemorySample:
 class FaultMeter:
     """Faults a second that last: the lower of the rates of two windows in a row.
 
-    A burst is no thrash: the first use of a library reads pages back too, once. `latest` is the rate of a window that
-    has just ended, bursts included; 0 in between.
+    A burst is no thrash: the first use of a library reads pages back too, once.
     """
 
     def __init__(self, count: int, now_seconds: float, *, window_seconds: float = 1.0) -> None:
@@ -86,41 +89,44 @@ class FaultMeter:
         self._start_seconds = now_seconds
         self._window_seconds = window_seconds
         self._previous = 0.0
-        self.latest = 0.0
 
     def rate(self, count: int, now_seconds: float) -> float:
         """The lasting rate at the end of each window, 0 in between. `count` is the counter's value now."""
         elapsed = now_seconds - self._start_seconds
         if elapsed < self._window_seconds:
-            self.latest = 0.0
             return 0.0
-        self.latest = (count - self._count) / elapsed
-        lasting = min(self.latest, self._previous)
-        self._count, self._start_seconds, self._previous = count, now_seconds, self.latest
+        latest = (count - self._count) / elapsed
+        lasting = min(latest, self._previous)
+        self._count, self._start_seconds, self._previous = count, now_seconds, latest
         return lasting
 
 
 class ThrashWatch:
     """Library code that a cgroup's limit evicts and the process reads back; outside of one nothing evicts it.
 
-    Called at every look: in a second with more than `FAULTS_PER_SECOND`, what was read around those faults leaves the
-    page cache. Returns the rate that lasts all the same.
+    Called at every look: where the cgroup is full, what was read around each few faults leaves the page cache, lest it
+    take the place of code that is in use. Returns the rate of faults that lasts all the same.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         cgroup = find_cgroup()
-        self._squeezed = cgroup is not None and cgroup.limit_bytes is not None
+        self._cgroup = cgroup if cgroup is not None and cgroup.limit_bytes is not None else None
         self._clock = clock
-        self._meter = FaultMeter(major_faults(), clock())
+        self._count = major_faults()  # when something was dropped last
+        self._meter = FaultMeter(self._count, clock())
 
     def __call__(self) -> float:
         """Faults a second; 0 but at the end of each second."""
-        if not self._squeezed:
+        if self._cgroup is None:
             return 0.0
-        lasting = self._meter.rate(major_faults(), self._clock())
-        if self._meter.latest > FAULTS_PER_SECOND:
+        count = major_faults()
+        if count - self._count >= FAULTS_TO_DROP and self._is_full(self._cgroup):
             drop_read_around()
-        return lasting
+            self._count = count
+        return self._meter.rate(count, self._clock())
+
+    def _is_full(self, cgroup: Cgroup) -> bool:
+        return cgroup.charged_bytes() > (cgroup.limit_bytes or 0) - FULL_BYTES
 
 
 def bytes_to_give_back(sample: MemorySample) -> int:
