@@ -11,7 +11,6 @@ __all__ = ["Calibration", "calibrate_compute", "measure_speed"]
 
 ROWS, COLUMNS, NUM_MATRICES = 2048, 1024, 4
 MANY_TOKENS = 128
-SPEED_ROUNDS = 2
 
 
 class Calibration:
@@ -36,11 +35,10 @@ def calibrate_compute(dtype: torch.dtype, tokens: int) -> Calibration:
 
 
 def measure_speed(dtype: torch.dtype) -> float:
-    """Operations a second of linear layers of many tokens, now: what other guests leave of the machine. About 30 ms."""
+    """Operations a second of linear layers of many tokens, now: what other guests leave of the machine. Some 40 ms."""
     with torch.no_grad():
-        weights = _weights(dtype)
-        seconds = [second for _ in range(SPEED_ROUNDS) for second in _seconds(MANY_TOKENS, weights)]
-    return 2 * MANY_TOKENS * ROWS * COLUMNS / statistics.median(seconds)
+        seconds = statistics.median(_seconds(MANY_TOKENS, _weights(dtype)))
+    return 2 * MANY_TOKENS * ROWS * COLUMNS / seconds
 
 
 def _weights(dtype: torch.dtype) -> torch.Tensor:
