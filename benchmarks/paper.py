@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator
 
 from conditions import ENCODERS, median
-from rows import Row, Rows, above_floor, bound_seconds, cold_pass, first_seconds, has, rate, steady_seconds
+from rows import Row, Rows, above_floor, bound_seconds, cold_pass, first_seconds, has, steady_seconds
 
 from hermes.units import format_bytes
 
@@ -51,9 +51,9 @@ def paper_tables(rows: Rows) -> list[str]:
         "is from the start of loading, the building of modules in Python included; a *cold pass* begins when they are "
         "built, and PipeSwitch has its embeddings by then. *A token with nothing kept*: PipeSwitch's cold pass against "
         "a steady pass of Hermes with no weight resident. *Possible*: PipeSwitch's seconds over max(weights / disk "
-        "rate, resident compute), which nothing that reads all weights can exceed; for a cold pass, what the first of "
-        "plain transformers takes with everything loaded. With memory for the whole model "
-        "the later tokens of either run at resident speed (the rows at the largest cap).",
+        "rate, a resident pass of Hermes), which nothing that reads all weights can exceed; a cold pass also finds "
+        "kernels' code and memory for its buffers. With memory for the whole model the later tokens of either run at "
+        "resident speed (the rows at the largest cap).",
         "",
         "| model | what | paper, at most | ours: faster by | possible | ours: less memory above the floor "
         "| Hermes's cap |",
@@ -73,15 +73,12 @@ def headlines(rows: Rows) -> Iterator[tuple[str, str, float, float, float | None
     """Model, what is compared, times faster, share of memory saved, times that are possible, and Hermes's row.
 
     That row is the fastest of those that save enough, or the one that saves most. What is possible is the comparator's
-    seconds over max(weights / the disk's rate, resident compute), where a cold pass computes as long as the first
-    one of plain transformers with all loaded, which finds kernels and makes their buffers too. It is not known where
-    Python builds modules.
+    seconds over max(weights / the disk's rate, a resident pass). It is not known where Python builds modules.
     """
     for model, (_, memory) in HEADLINES.items():
         theirs = rows.one(model=model, peer="pipeswitch-torch", disk="free")
         if theirs is None:
             continue
-        whole = rows.one(model=model, peer="baseline", cap="100", disk="free")
         nothing_kept = rows.where(model=model, peer="hermes-nothing-resident", disk="free")
         either = nothing_kept + rows.where(model=model, peer="hermes", disk="free")
         kinds = [("first output", either, first_seconds, first_seconds), ("cold pass", either, cold_pass, cold_pass)]
@@ -96,9 +93,7 @@ def headlines(rows: Rows) -> Iterator[tuple[str, str, float, float, float | None
                 enough = [entry for entry in measured if entry[1] >= memory]
                 speed, saved, row = max(enough or measured, key=lambda entry: entry[0] if enough else entry[1])
                 possible = None
-                if what == "cold pass" and whole is not None:
-                    possible = theirs_of(theirs) / max(row["weight_bytes"] / rate(row), cold_pass(whole))
-                elif what != "first output" and has(row, "resident_seconds"):
+                if what != "first output" and has(row, "resident_seconds"):
                     bounds = [bound_seconds(run, row["weight_bytes"]) for run in row["runs"]]
                     possible = theirs_of(theirs) / statistics.median(bounds)
                 yield model, what, speed, saved, possible, row
