@@ -18,7 +18,6 @@ constexpr size_t TOKENS = FLOAT_TOKENS;       // turned at once, for the second-
 constexpr size_t COLUMNS = FLOAT_MOST_BLOCK;  // of a row, copied to where no two rows share a line of the first-level cache
 constexpr size_t FEW = 32768;                 // numbers
 
-const float* floats(const u8* at) { return reinterpret_cast<const float*>(at); }
 __mmask16 first(size_t count) { return __mmask16((1u << std::min(count, LANES)) - 1); }
 
 // Tokens as they are multiplied: strip after strip, of each strip one column after the other.

@@ -16,8 +16,6 @@ constexpr size_t MOST_COLUMNS = 4096;  // of a turned matrix at a time, their su
 constexpr int ROWS = 16;                  // of such a matrix at a time
 constexpr __mmask16 EACH_FIRST = 0x1111;  // lane of each four
 
-const float* floats(const u8* at) { return reinterpret_cast<const float*>(at); }
-
 // Rounded by itself: a multiplication and an addition behind it the compiler may make one. What is added changes nothing,
 // zeros of either sign included.
 inline __m512 times(__m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, _mm512_set1_ps(-0.0f)); }

@@ -40,6 +40,8 @@ Result over_tiles(size_t begin, size_t end, size_t rows, unsigned threads, Work 
   return deal.fault;
 }
 
+inline const float* floats(const u8* at) { return reinterpret_cast<const float*>(at); }
+
 #if defined(__x86_64__)
 #define HERMES_BF16_PRODUCTS HERMES_AVX512 ",avx512bf16"
 

@@ -85,7 +85,7 @@ class Fleet:
         self._shares: Shares | None = None
         self._lanes = Lanes()
         self._floor_bytes = 0
-        self._codes: list[Code] = []  # of libraries, what the models' passes use
+        self._codes: dict[str, Code] = {}  # of libraries, what each model's passes use
         self._turn_seconds = 0.0
         self._changing = threading.RLock()  # one add, remove or start at a time
         self._closed = False
@@ -161,13 +161,14 @@ class Fleet:
                     ),
                 }
                 self._prepared[name] = prepared
-                self._codes.append(code_in_use() if prepared.known is None else prepared.known.code)
+                self._codes[name] = code_in_use() if prepared.known is None else prepared.known.code
                 if self._workers:
                     self._floor_bytes += SKELETON_BYTES_PER_MODULE * sum(1 for _ in prepared.module.modules())
                     self._settle()
             except BaseException:
                 self._candidates = was
                 self._prepared.pop(name, None)
+                self._codes.pop(name, None)
                 if self._workers:
                     self._settle()
                 raise
@@ -184,7 +185,7 @@ class Fleet:
                 gone.pause()
                 shares.let_go(name)
                 turns.leave(name)
-            del self._candidates[name], self._prepared[name]
+            del self._candidates[name], self._prepared[name], self._codes[name]
             if self._workers:
                 self._settle()
 
@@ -298,7 +299,7 @@ class Fleet:
     def _measure_floor(self) -> int:
         """Resident set before any weight: with the code that the models use, without what only measuring needed."""
         drop_idle_pages()
-        for code in self._codes:
+        for code in self._codes.values():
             fetch_code(code)
         return resident_bytes()
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ class Prepared:
 
     @property
     def _row_bytes(self) -> int:
-        tables = [self.module.get_parameter(f"{name}.weight" if name else "weight") for name in self.partition.rowwise]
+        tables = [cast(nn.Embedding, self.module.get_submodule(name)).weight for name in self.partition.rowwise]
         kept = sum(min(table.numel() * table.element_size(), KEPT_BYTES) for table in tables)
         return READ_BYTES + kept if tables else 0
 
