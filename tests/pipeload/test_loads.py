@@ -134,6 +134,14 @@ def test_one_aligned_extent_is_read_straight_into_place():
     assert (load.slot_bytes, load.data_offset) == (8192, 904)
 
 
+@given(offset=st.integers(0, 4095), nbytes=st.integers(1, 2**20), piece_bytes=st.sampled_from([4096, 16384, 65536]))
+def test_pieces_of_a_plain_tensor_are_of_one_length(offset, nbytes, piece_bytes):
+    extent = Extent(file=0, offset=offset, nbytes=nbytes)
+    pieces = plan_load("t", [extent], nbytes, alignment=4096, piece_bytes=piece_bytes).pieces
+    assert all(piece.length == pieces[0].length <= 1.5 * piece_bytes + 4096 for piece in pieces[:-1])
+    assert len(pieces) == 1 or pieces[0].length - pieces[-1].length < 4096 * len(pieces)
+
+
 def test_an_address_that_does_not_suit_is_moved_down_in_place():
     load = plan_load(
         "w", [Extent(file=0, offset=5001, nbytes=800)], 800, alignment=4096, piece_bytes=4096, address_alignment=64

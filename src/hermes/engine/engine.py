@@ -102,7 +102,8 @@ class Engine:
             num_agents=config.num_agents,
             buffer_bytes=config.buffer_bytes,
             on_error=self._fail,
-            on_read=self._count_read,
+            on_read=self._record_read if config.record else None,
+            stats=self.stats,
             clock=clock,
         )
         self._daemon = DaemonAgent(
@@ -342,9 +343,8 @@ class Engine:
                     self._holdings.shelf.put_back(shelved)
                 self._take_in(LoadFetched(order.visit))
 
-        def is_abandoned() -> bool:
-            with self._lock:
-                return order.offset is not None and self._pipeline.is_abandoned(order.visit)
+        def is_abandoned() -> bool:  # without the lock: the visit is there until this load is reported
+            return order.offset is not None and self._pipeline.is_abandoned(order.visit)
 
         arena, offset = (
             (self.store, self._holdings.residents.slot(order.block, order.load))
@@ -361,11 +361,9 @@ class Engine:
             shelved=shelved,
         )
 
-    def _count_read(self, agent: str, ticket: Ticket, nbytes: int, start: float, end: float) -> None:
+    def _record_read(self, agent: str, ticket: Ticket, nbytes: int, start: float, end: float) -> None:
         with self._lock:
-            self.stats.bytes_read += nbytes
-            if self._config.record:
-                self.stats.spans.append(Span(agent, ticket.load.name, start, end, nbytes))
+            self.stats.spans.append(Span(agent, ticket.load.name, start, end, nbytes))
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:

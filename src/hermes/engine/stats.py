@@ -19,7 +19,7 @@ class Span:
 
 @dataclass(kw_only=True)
 class EngineStats:
-    """Running totals; written under the engine's lock, read whenever."""
+    """Running totals; written under the engine's lock (`bytes_read`: the Loading Agents'), read whenever."""
 
     bytes_read: int = 0
     stall_seconds: float = 0.0

@@ -96,7 +96,8 @@ def plan_load(
     One extent without codec is read straight into place: the slot holds the superset that is aligned for O_DIRECT, and
     the tensor begins wherever it does in the file, or at the multiple of `address_alignment` below, to which it is then
     moved; only such a load has a `finish`. Several extents, or a codec, go through the agents' buffers of `piece_bytes`
-    + 2 x `alignment`.
+    + 2 x `alignment`. Pieces that are read straight into place are of one length, about `piece_bytes`: a last one of a
+    page, as every tensor has that begins within one, takes an agent as long as the reads it waits behind.
 
     Extents of a file that is `packed` are read as the whole chunks that hold them, each piece at most `piece_bytes` or
     one chunk. The tensor lies in the slot where the unpacked file's would: kernels may round by address.
@@ -119,15 +120,16 @@ def plan_load(
         (extent,) = extents
         begin = extent.offset // alignment * alignment
         end = extent.offset + extent.nbytes
+        length = _even_bytes(end - begin, piece_bytes, alignment)
         pieces = tuple(
             Piece(
                 file=extent.file,
                 offset=offset,
-                length=_align(min(piece_bytes, end - offset), alignment),
-                required=min(piece_bytes, end - offset),
+                length=_align(min(length, end - offset), alignment),
+                required=min(length, end - offset),
                 target=offset - begin,
             )
-            for offset in range(begin, end, piece_bytes)
+            for offset in range(begin, end, length)
         )
         slot_bytes = _align(end - begin, max(alignment, SLOT_BYTES))
         shift = (extent.offset - begin) % address_alignment
@@ -148,6 +150,12 @@ def plan_load(
         nbytes=nbytes,
         pieces=tuple(_bounced(extents, nbytes, alignment, piece_bytes, codec)),
     )
+
+
+def _even_bytes(nbytes: int, piece_bytes: int, alignment: int) -> int:
+    """A multiple of the alignment that divides `nbytes` into pieces of `piece_bytes`, give or take a half."""
+    count = max(1, (nbytes + piece_bytes // 2) // piece_bytes)
+    return _align(-(-nbytes // count), alignment)
 
 
 def _bounced(
