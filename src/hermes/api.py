@@ -12,9 +12,8 @@ from torch import nn
 from hermes.checkpoint.readers import Reader
 from hermes.errors import InputError
 from hermes.memory.allocator import keep_heap_tight, put_off_collections
-from hermes.memory.warm import Warmed
 from hermes.plan import Plan, Problem, make_plan, smallest_budget
-from hermes.profile import Profile, measure_speed, refresh_bandwidths
+from hermes.profile import Profile, refresh_bandwidths
 from hermes.session import (
     FORWARDS,
     MARGIN_BYTES,
@@ -29,7 +28,6 @@ from hermes.session import (
     prepare_model,
     prepare_module,
     start_session,
-    start_warm_up,
     touch_when_warm,
 )
 from hermes.units import parse_bytes
@@ -48,11 +46,11 @@ __all__ = [
 
 logger = logging.getLogger("hermes")
 
-SAMPLE_BYTES = 256 * 2**20
-SAMPLE_SECONDS = 0.5
-"""Read to find out how fast the disk is now: so much, for so long at most."""
 KNOWN_CODE_BYTES = 16 * 2**20
 """Of the heap's slack, for code that was not run before: what the profile knows is in the floor already."""
+SAMPLE_BYTES = 128 * 2**20
+SAMPLE_SECONDS = 0.5
+"""Read to find out how fast the disk is now: so much, for so long at most."""
 PLANNING_PIECE_BYTES = 8 * 2**20
 """Piece size while costs are counted; the plan's own is used once it is there."""
 
@@ -231,30 +229,24 @@ def open_session(
     """Prepare, plan and start; `load` without the dressing."""
     keep_heap_tight()
     with put_off_collections():
-        warm_up = start_warm_up(model, options.get("revision"), budget_bytes, workload)
-        try:
-            prepared = _prepare(model, workload, {**options, "profile": profile})
-        finally:
-            warmed = warm_up.stop()
+        limit_bytes = memory_limit(budget_bytes)
+        prepared = _prepare(model, workload, {**options, "profile": profile, "limit_bytes": limit_bytes})
         session = _start(
             prepared,
             budget_bytes,
-            warmed=warmed,
             num_agents=num_agents,
             granularity=granularity,
             resident_bytes=resident_bytes,
             sequential=sequential,
             record=record,
         )
-    attach(prepared.module, session)
-    return prepared, session
+    attach(session.prepared.module, session)
+    return session.prepared, session
 
 
-def settle_plan(
-    prepared: Prepared, reader: Reader, budget_bytes: int, *, warmed: Warmed | None = None, **choices: Any
-) -> tuple[Plan, Profile]:
+def settle_plan(prepared: Prepared, reader: Reader, budget_bytes: int, **choices: Any) -> tuple[Plan, Profile]:
     """The plan for a prepared model, and the profile it rests on: the one it was prepared with, or an estimate."""
-    problem, known = pose_problem(prepared, reader, warmed)
+    problem, known = pose_problem(prepared, reader)
     settled = make_plan(
         problem,
         budget_bytes=budget_bytes,
@@ -265,18 +257,23 @@ def settle_plan(
     return settled, known
 
 
-def pose_problem(prepared: Prepared, reader: Reader, warmed: Warmed | None = None) -> tuple[Problem, Profile]:
+def pose_problem(prepared: Prepared, reader: Reader) -> tuple[Problem, Profile]:
     """What the planner is asked about a prepared model in this process, and the profile its costs come from."""
-    floor_bytes = measure_floor(prepared)
+    floor_bytes, calibration = measure_floor(prepared)
     factory = prepared.factory(reader.alignment, PLANNING_PIECE_BYTES)
-    known = prepared.known
+    known, warmed = prepared.known, prepared.warmed
     if known is None:
-        known = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes)
+        known = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes, calibration=calibration)
     else:
         bandwidths = refresh_bandwidths(
-            known.bandwidths, prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, seconds=SAMPLE_SECONDS
+            known.bandwidths,
+            prepared.checkpoint,
+            reader,
+            sample_bytes=SAMPLE_BYTES,
+            seconds=SAMPLE_SECONDS,
+            lend=prepared.lend,
         )
-        known = replace(known, bandwidths=tuple(bandwidths)).at_speed(measure_speed(getattr(torch, prepared.dtype)))
+        known = replace(known, bandwidths=tuple(bandwidths)).at_speed(calibration.speed)
     if warmed is not None:
         known = replace(known, touch_seconds_per_byte=touch_when_warm(known.touch_seconds_per_byte, warmed))
     problem = prepared.problem(known, factory, floor_bytes=floor_bytes)
@@ -325,12 +322,11 @@ def _start(
     budget_bytes: int,
     *,
     record: bool,
-    warmed: Warmed | None = None,
     **choices: Any,
 ) -> Session:
     reader = prepared.reader()
     try:
-        settled, _ = settle_plan(prepared, reader, budget_bytes, warmed=warmed, **choices)
+        settled, _ = settle_plan(prepared, reader, budget_bytes, **choices)
     except BaseException:
         reader.close()
         raise

@@ -77,7 +77,7 @@ def test_what_was_read_around_leaves_the_page_cache(tmp_path: Path) -> None:
         assert ctypes.CDLL(None).mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(nbytes), cached) == 0
         del view
     assert cached[len(cached) // 2] & 1  # mapped, and so in use
-    assert sum(page & 1 for page in cached) * mmap.PAGESIZE <= 2**20
+    assert sum(page & 1 for page in cached) * mmap.PAGESIZE <= 4 * 2**20  # the folio of that page, 2 MiB at most
 
 
 def test_a_process_goes_on_with_fewer_code_pages() -> None:

@@ -1,6 +1,7 @@
 """The planner keeps the limit, refuses exactly where nothing works, and does what it is told."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -156,6 +157,16 @@ def test_fully_resident_as_soon_as_it_fits(problem):
     assert plan.pass_bytes == 0
     assert plan.resident_bytes == total
     assert plan.bound == "compute"
+
+
+@settings(max_examples=200, deadline=None)
+@given(problem=problems(), over=st.integers(0, 40 * MIB))
+def test_nothing_is_left_out_that_would_have_been_chosen(problem, over):
+    limit = smallest_budget(problem, MARGIN) + over
+    limits = {"budget_bytes": limit, "limit_bytes": limit, "margin_bytes": MARGIN}
+    settled = make_plan(problem, **limits)
+    with mock.patch("hermes.plan.search.least_seconds", return_value=0.0):
+        assert make_plan(problem, **limits) == settled
 
 
 def test_as_many_agents_as_reach_a_good_rate(make_problem):

@@ -1,6 +1,7 @@
 """A stored profile is used as it was written, or refused with a line that says why."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hermes.profile import (
     MachineRecord,
     Profile,
     UnitRecord,
+    latest_profile,
     load_profile,
     profile_path,
     save_profile,
@@ -56,6 +58,24 @@ def stored(tmp_path: Path) -> Path:
 def test_comes_back_as_it_was(stored: Path) -> None:
     assert load_profile(stored, **RIGHT) == PROFILE
     assert [path.name for path in stored.parent.iterdir()] == ["profile.json"]
+
+
+def test_the_latest_is_found_whatever_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = tmp_path / "model"
+    assert latest_profile(model) is None
+    for number, dtype in enumerate(("float32", "bfloat16")):
+        path = profile_path(model, "M", dtype)
+        save_profile(replace(PROFILE, dtype=dtype), path)
+        os.utime(path, (number, number))
+    save_profile(replace(PROFILE, dtype="float16"), profile_path(tmp_path / "other", "M", "float16"))
+    latest = latest_profile(model)
+    assert latest is not None
+    assert latest.dtype == "bfloat16"
+    path.write_text("{")
+    assert latest_profile(model) is None
+    save_profile(replace(PROFILE, version=PROFILE_VERSION - 1), path)
+    assert latest_profile(model) is None
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ class Engine:
         pinned: loads that are kept from start to end and belong to no block.
         reader: closed with the engine.
         ledger: window, resident and buffer bytes are reserved here before any memory is taken.
+        take_memory: gives so many bytes for what stays, then for the window.
 
     Attributes:
         is_settled: every load is resident and there. Who computes may then leave `want` out and set `held` instead,
@@ -66,6 +67,7 @@ class Engine:
         ledger: Ledger,
         config: EngineConfig,
         clock: Callable[[], float] = time.perf_counter,
+        take_memory: Callable[[int], Arena] = Arena,
     ) -> None:
         self.stats = EngineStats()
         self.clock = clock
@@ -83,10 +85,18 @@ class Engine:
             blocks_in_pass=config.blocks_in_pass,
         )
         self._holdings = Holdings(
-            blocks, pinned, ledger, config, self._pipeline, self.stats, self._take_in, before_evicting=self._unsettle
+            blocks,
+            pinned,
+            ledger,
+            config,
+            self._pipeline,
+            self.stats,
+            self._take_in,
+            before_evicting=self._unsettle,
+            take_memory=take_memory,
         )
         self.store = self._holdings.store
-        self.ring = Arena(config.ring_bytes)
+        self.ring = take_memory(config.ring_bytes)
         self._lock = threading.RLock()
         self._ready = threading.Condition(self._lock)
         self._granted: Compute | None = None

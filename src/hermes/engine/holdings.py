@@ -27,6 +27,7 @@ class Holdings:
         stats: bytes that were given back are counted there.
         take_in: gives the pipeline an event, and carries out what follows.
         before_evicting: called when something may be given back.
+        take_memory: gives so many bytes.
 
     Raises BudgetError from the constructor, before any memory is taken.
     """
@@ -42,9 +43,12 @@ class Holdings:
         take_in: Callable[[Event], None],
         *,
         before_evicting: Callable[[], None],
+        take_memory: Callable[[int], Arena] = Arena,
     ) -> None:
-        self.residents = Residents(blocks, config.resident, pinned, ledger, elastic=config.elastic)
-        self.shelf = Shelf(blocks, config.packed, ledger)
+        self.residents = Residents(
+            blocks, config.resident, pinned, ledger, elastic=config.elastic, take_memory=take_memory
+        )
+        self.shelf = Shelf(blocks, config.packed, ledger, take_memory=take_memory)
         self._ledger = ledger
         self._pipeline = pipeline
         self._stats = stats

@@ -18,6 +18,7 @@ class Residents:
         pinned: loads that stay and belong to no block; never given back.
         ledger: its account "resident" is this store's.
         elastic: have a place (addresses, no memory) for every load, so that more can be kept later.
+        take_memory: gives so many bytes.
 
     Raises BudgetError from the constructor, before any memory is taken.
     """
@@ -30,6 +31,7 @@ class Residents:
         ledger: Ledger,
         *,
         elastic: bool = False,
+        take_memory: Callable[[int], Arena] = Arena,
     ) -> None:
         self.evicted_bytes = 0
         self._blocks = blocks
@@ -52,7 +54,7 @@ class Residents:
             if (block, number) not in self._slots:
                 self._spare[block, number] = offset
                 offset += blocks[block][number].slot_bytes
-        self.store = Arena(offset)
+        self.store = take_memory(offset)
 
     def pinned_slots(self) -> list[tuple[Load, memoryview]]:
         """What is pinned, and the memory it goes to."""

@@ -4,7 +4,7 @@ A byte of the budget holds 1.4 times as many weights here as in the resident sto
 nothing; the planner weighs that. To the state machine these are loads that stream.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
@@ -31,11 +31,19 @@ class Shelf:
         blocks: the loads of each block.
         packed: for each block, the numbers of those that stay packed; none at all where it is empty.
         ledger: its account "packed" is this shelf's.
+        take_memory: gives so many bytes.
 
     Raises BudgetError from the constructor, before any memory is taken.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[Load]], packed: Sequence[Set[int]], ledger: Ledger) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[Load]],
+        packed: Sequence[Set[int]],
+        ledger: Ledger,
+        *,
+        take_memory: Callable[[int], Arena] = Arena,
+    ) -> None:
         self.evicted_bytes = 0
         places: dict[tuple[int, int], tuple[int, int]] = {}
         end = 0
@@ -46,7 +54,7 @@ class Shelf:
         if end:
             ledger.reserve("packed", end)
         self._ledger = ledger
-        self._arena = Arena(end)
+        self._arena = take_memory(end)
         self._places = places
         self._shelved = {
             key: Shelved(self._arena.view[offset : offset + nbytes]) for key, (offset, nbytes) in places.items()

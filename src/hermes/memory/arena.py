@@ -33,9 +33,17 @@ class Arena:
             self._begin = -ctypes.addressof(ctypes.c_char.from_buffer(self._map)) % HUGE_PAGE_BYTES
         self.view = memoryview(self._map)[self._begin : self._begin + max(nbytes, mmap.PAGESIZE)]
 
-    def touch(self) -> None:
-        """Have every page there, zeroed; lets other threads run meanwhile."""
-        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self.view)), 0, self.nbytes)
+    def part(self, offset: int, nbytes: int) -> "Arena":
+        """A range as an arena of its own, whose handle is dropped apart; `offset` is a multiple of a page."""
+        part = Arena.__new__(Arena)
+        part.nbytes, part._map, part._begin = nbytes, self._map, self._begin + offset
+        part.view = self.view[offset : offset + max(nbytes, mmap.PAGESIZE)]
+        return part
+
+    def touch(self, offset: int = 0, nbytes: int | None = None) -> None:
+        """Have every page there, zeroed, or those of a range; lets other threads run meanwhile."""
+        length = self.nbytes - offset if nbytes is None else nbytes
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self.view)) + offset, 0, length)
 
     def discard(self, offset: int, nbytes: int) -> None:
         """Give the whole pages inside the range back to the system; they read as zeros from now on."""

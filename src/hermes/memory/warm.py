@@ -1,15 +1,13 @@
 """Finds memory for a run beside the imports and the planning that come before it.
 
 Where the system has free pages at hand this costs next to nothing and brings nothing. A virtual machine may have to
-get each one from its host first: 1 to 2 ns a byte have been seen, several times what a disk takes to fill it. Pages
-that were given back a moment ago are at hand.
+get each one from its host first: 1 to 3 ns a byte have been seen, several times what a disk takes to fill it.
 """
 
 import threading
 import time
-from dataclasses import dataclass
 
-from hermes.memory.arena import Arena
+from hermes.memory.arena import HUGE_PAGE_BYTES, Arena
 
 __all__ = ["WarmUp", "Warmed"]
 
@@ -17,43 +15,79 @@ CHUNK_BYTES = 16 * 2**20
 LAST_CHUNKS = 8
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Warmed:
-    """What a warm-up did: bytes that are at hand now, and what one thread took for each of the last ones."""
+    """A range of addresses whose first `nbytes` are backed by memory; to be lent, taken, and then closed.
 
-    nbytes: int
-    seconds_per_byte: float
+    Attributes:
+        nbytes: of memory that was found.
+        seconds_per_byte: what one thread took for each of the last ones.
+    """
+
+    def __init__(self, arena: Arena, nbytes: int, seconds_per_byte: float) -> None:
+        self.nbytes = nbytes
+        self.seconds_per_byte = seconds_per_byte
+        self._arena = arena
+        self._taken_bytes = 0
+
+    def take(self, nbytes: int) -> Arena:
+        """The next so many bytes of the range, or others where it has no more."""
+        begin = self._taken_bytes
+        if not nbytes or begin + nbytes > self._arena.nbytes:
+            return Arena(nbytes)
+        self._taken_bytes += -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        return self._arena.part(begin, nbytes)
+
+    def lend(self, nbytes: int) -> Arena:
+        """Memory for a moment: what is to be taken next, or other memory where there is less."""
+        if self._taken_bytes + nbytes > self.nbytes:
+            return Arena(nbytes)
+        return self._arena.part(self._taken_bytes, nbytes)
+
+    def close(self) -> None:
+        """Give back what nobody has taken. Idempotent."""
+        self._arena.discard(self._taken_bytes, self._arena.nbytes - self._taken_bytes)
+        self._arena = Arena(0)
 
 
 class WarmUp:
-    """One thread that takes up to `nbytes` of memory and touches it, chunk by chunk, until `stop`."""
+    """One thread that touches the first `nbytes` of a range of `range_bytes`, chunk by chunk, until `stop`."""
 
-    def __init__(self, nbytes: int) -> None:
-        self._chunks: list[Arena] = []
+    def __init__(self, nbytes: int, range_bytes: int) -> None:
+        self.nbytes = 0
+        """Of memory that is there now."""
+        self._arena = Arena(range_bytes)
+        self._most_bytes = min(nbytes, range_bytes)
         self._seconds: list[float] = []
+        self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(nbytes,), name="hermes-warm-up", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="hermes-warm-up", daemon=True)
         self._thread.start()
 
+    def shrink(self, nbytes: int) -> None:
+        """Hold no more than this from now on; what is above is given back."""
+        with self._lock:
+            self._most_bytes = min(self._most_bytes, max(0, nbytes))
+            if self.nbytes > self._most_bytes:
+                self._arena.discard(self._most_bytes, self.nbytes - self._most_bytes)
+                self.nbytes = self._most_bytes
+
     def stop(self) -> Warmed:
-        """Give everything back. Idempotent."""
+        """End it; the memory, to be taken or given back."""
         self._stopped.set()
         self._thread.join()
-        for chunk in self._chunks:
-            chunk.close()
-        self._chunks = []
         last = self._seconds[-LAST_CHUNKS:]
-        return Warmed(
-            nbytes=len(self._seconds) * CHUNK_BYTES,
-            seconds_per_byte=sum(last) / (max(1, len(last)) * CHUNK_BYTES),
-        )
+        return Warmed(self._arena, self.nbytes, sum(last) / (max(1, len(last)) * CHUNK_BYTES))
 
-    def _run(self, nbytes: int) -> None:
-        for _ in range(nbytes // CHUNK_BYTES):
-            if self._stopped.is_set():
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            begin = self.nbytes
+            if begin + CHUNK_BYTES > self._most_bytes:
                 return
             start = time.perf_counter()
-            chunk = Arena(CHUNK_BYTES)
-            chunk.touch()
-            self._chunks.append(chunk)
+            self._arena.touch(begin, CHUNK_BYTES)
             self._seconds.append(time.perf_counter() - start)
+            with self._lock:
+                if begin + CHUNK_BYTES <= self._most_bytes:
+                    self.nbytes = begin + CHUNK_BYTES
+                else:
+                    self._arena.discard(self._most_bytes, begin + CHUNK_BYTES - self._most_bytes)

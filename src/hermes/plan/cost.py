@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hermes.pipeload import BlockDone, BlockWanted, Compute, Fetch, LoadFetched, Order, Pipeline
 from hermes.plan.problem import TOUCH_STEP_BYTES, Problem, UnitCost
 
-__all__ = ["Prediction", "simulate", "touch_seconds"]
+__all__ = ["Prediction", "least_seconds", "simulate", "touch_seconds"]
 
 SIMULATED_PASSES = 3
 
@@ -25,6 +25,31 @@ class Prediction:
     first_pass_seconds: float
     steady_pass_seconds: float
     total_seconds: float
+
+
+def least_seconds(
+    problem: Problem,
+    blocks: Sequence[Sequence[int]],
+    resident: Sequence[Set[int]],
+    bytes_per_second: float,
+    packed: Sequence[Set[int]] = (),
+) -> float:
+    """What `simulate` predicts at least for all passes: reading alone, or computing alone, without either waiting."""
+    reads = [[n for unit in block for n in problem.units[unit].read_bytes] for block in blocks]
+    kept = packed or [frozenset()] * len(blocks)
+    streamed = sum(
+        nbytes
+        for block, loads in enumerate(reads)
+        for load, nbytes in enumerate(loads)
+        if load not in resident[block] and load not in kept[block]
+    )
+    later = problem.num_passes - 1
+    units = [problem.units[unit] for block in blocks for unit in block]
+    share = _part_computed(problem, reads, resident)
+    return max(
+        (sum(map(sum, reads)) + later * streamed) / bytes_per_second,
+        sum(unit.first_seconds for unit in units) + later * share * sum(unit.next_seconds for unit in units),
+    )
 
 
 def touch_seconds(seconds_per_byte: Sequence[float], taken_bytes: int, nbytes: int) -> float:
@@ -70,7 +95,7 @@ def simulate(
     first = [sum(units[unit].first_seconds for unit in block) for block in blocks]
     if first:
         first[0] += problem.cold_seconds
-    share = problem.quiet + (1.0 - problem.quiet) * _part_streamed(reads, resident)
+    share = _part_computed(problem, reads, resident)
     later = [share * sum(units[unit].next_seconds for unit in block) for block in blocks]
     unpacks = [
         [seconds / problem.num_cores for unit in block for seconds in _unpack_seconds(units[unit])] for block in blocks
@@ -139,10 +164,11 @@ def simulate(
     )
 
 
-def _part_streamed(reads: Sequence[Sequence[int]], resident: Sequence[Set[int]]) -> float:
-    """Of the bytes of a pass, those that do not stay."""
+def _part_computed(problem: Problem, reads: Sequence[Sequence[int]], resident: Sequence[Set[int]]) -> float:
+    """Of the units' seconds, what they take where only what does not stay streams."""
     kept = sum(reads[block][load] for block, loads in enumerate(resident[: len(reads)]) for load in loads)
-    return 1.0 - kept / max(1, sum(map(sum, reads)))
+    streamed = 1.0 - kept / max(1, sum(map(sum, reads)))
+    return problem.quiet + (1.0 - problem.quiet) * streamed
 
 
 def _unpack_seconds(unit: UnitCost) -> Sequence[float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hermes.errors import BudgetError
 from hermes.pipeload import smallest_ring
-from hermes.plan.cost import Prediction, simulate
+from hermes.plan.cost import Prediction, least_seconds, simulate
 from hermes.plan.problem import Bandwidth, Plan, Problem
 from hermes.plan.residency import spread
 from hermes.units import format_budget, format_bytes
@@ -116,10 +116,15 @@ def _fastest(
     best: _Candidate | None = None
     once = problem.num_passes == 1
     for name, blocks in groups.items():
+        in_pass = _in_pass(problem, blocks)
         for layout in _layouts(problem, blocks, free_bytes, resident_bytes, once):
+            if best is not None:
+                least = least_seconds(problem, in_pass, layout.resident, bandwidth.bytes_per_second, layout.packed)
+                if least >= WORTH_CHANGING * best.prediction.total_seconds:
+                    continue
             prediction = simulate(
                 problem,
-                _in_pass(problem, blocks),
+                in_pass,
                 layout.resident,
                 layout.ring_bytes,
                 bandwidth.bytes_per_second,

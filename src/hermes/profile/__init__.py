@@ -3,7 +3,7 @@
 The passes that measure a model are run by `hermes.session.measure`; disk and kernels are measured here.
 """
 
-from hermes.profile.calibrate import calibrate_compute, measure_speed
+from hermes.profile.calibrate import Calibration, calibrate_compute
 from hermes.profile.delays import BlockSample, DelayModel, LinearFit, fit_delays
 from hermes.profile.disk import bandwidths_beside_compute, measure_bandwidth, measure_touch, refresh_bandwidths
 from hermes.profile.machine import machine_record
@@ -16,13 +16,14 @@ from hermes.profile.records import (
     UnitRecord,
     block_samples,
 )
-from hermes.profile.store import load_profile, profile_path, save_profile
+from hermes.profile.store import latest_profile, load_profile, profile_path, save_profile
 from hermes.profile.unpacking import measure_unpacking
 
 __all__ = [
     "PROFILE_VERSION",
     "BandwidthRecord",
     "BlockSample",
+    "Calibration",
     "ComputeRecord",
     "DelayModel",
     "LinearFit",
@@ -33,10 +34,10 @@ __all__ = [
     "block_samples",
     "calibrate_compute",
     "fit_delays",
+    "latest_profile",
     "load_profile",
     "machine_record",
     "measure_bandwidth",
-    "measure_speed",
     "measure_touch",
     "measure_unpacking",
     "profile_path",

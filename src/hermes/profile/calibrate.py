@@ -2,48 +2,53 @@
 
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from hermes.memory.arena import Arena
 from hermes.model.product import linear
 
-__all__ = ["Calibration", "calibrate_compute", "measure_speed"]
+__all__ = ["Calibration", "calibrate_compute"]
 
 ROWS, COLUMNS, NUM_MATRICES = 2048, 1024, 4
 MANY_TOKENS = 128
 
 
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Seconds of a linear layer by its bytes, its operations and the tokens it sees."""
+    """Seconds of a linear layer by its bytes, its operations and the tokens it sees.
 
-    def __init__(self, seconds_per_byte: float, seconds_per_flop: float) -> None:
-        self.seconds_per_byte = seconds_per_byte
-        self.seconds_per_flop = seconds_per_flop
+    `speed` is in operations a second, of the tokens it was tried with: what other guests leave of the machine.
+    """
+
+    seconds_per_byte: float
+    seconds_per_flop: float
+    speed: float
 
     def seconds(self, nbytes: int, flops: float) -> float:
         """Reading the weights, or computing with them, whichever takes longer."""
         return max(nbytes * self.seconds_per_byte, flops * self.seconds_per_flop)
 
 
-def calibrate_compute(dtype: torch.dtype, tokens: int) -> Calibration:
-    """Time one linear layer for one token and for `tokens`; also brings the kernels' code into memory. About 50 ms."""
+def calibrate_compute(dtype: torch.dtype, tokens: int, lend: Callable[[int], Arena] = Arena) -> Calibration:
+    """Time one linear layer for one token and for `tokens`; also brings the kernels' code into memory. About 50 ms.
+
+    The matrices lie in memory that `lend` gives for the time.
+    """
     with torch.no_grad():
-        weights = _weights(dtype)
+        # More than a core's cache.
+        memory = lend(NUM_MATRICES * ROWS * COLUMNS * dtype.itemsize)
+        weights = torch.frombuffer(memory.view, dtype=dtype).view(NUM_MATRICES, ROWS, COLUMNS).fill_(0.01)
         nbytes, tokens = weights[0].nbytes, min(tokens, MANY_TOKENS)
-        single, many = min(_seconds(1, weights)), min(_seconds(tokens, weights))
-    return Calibration(single / nbytes, many / (2 * tokens * ROWS * COLUMNS))
-
-
-def measure_speed(dtype: torch.dtype) -> float:
-    """Operations a second of linear layers of many tokens, now: what other guests leave of the machine. Some 40 ms."""
-    with torch.no_grad():
-        seconds = statistics.median(_seconds(MANY_TOKENS, _weights(dtype)))
-    return 2 * MANY_TOKENS * ROWS * COLUMNS / seconds
-
-
-def _weights(dtype: torch.dtype) -> torch.Tensor:
-    # More than a core's cache; one allocation, large enough to leave the process when it is freed.
-    return torch.full((NUM_MATRICES, ROWS, COLUMNS), 0.01, dtype=dtype)
+        single, many = _seconds(1, weights), _seconds(tokens, weights)
+    operations = 2 * tokens * ROWS * COLUMNS
+    return Calibration(
+        seconds_per_byte=min(single) / nbytes,
+        seconds_per_flop=min(many) / operations,
+        speed=operations / statistics.median(many),
+    )
 
 
 def _seconds(tokens: int, weights: torch.Tensor) -> list[float]:

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -35,12 +35,13 @@ def measure_bandwidth(
     agent_counts: Sequence[int] = AGENT_COUNTS,
     piece_sizes: Sequence[int] = (8 * MIB,),
     seconds: float = math.inf,
+    lend: Callable[[int], Arena] = Arena,
 ) -> list[BandwidthRecord]:
     """Read up to `sample_bytes` for each setting, for `seconds` at most, spread over the files, past the page cache.
 
     Each setting reads its own places, so that no cache of the drive's serves the next one. A first piece of each agent
     does not count: after a pause a throttle lets a tenth of a second's bytes through at once. Holds one piece for each
-    agent. Blocking. Raises ReadError.
+    agent, of memory that `lend` gives. Blocking. Raises ReadError.
     """
     records = []
     turn = 0
@@ -50,7 +51,10 @@ def measure_bandwidth(
         for num_agents in agent_counts:
             chosen = [places[(turn + index) % len(places)] for index in range(num_agents + count)]
             turn += len(chosen)
-            rate = _read(reader, chosen, num_agents, piece_bytes, seconds)
+            memory = lend(num_agents * piece_bytes)
+            memory.touch()
+            buffers = [memory.part(number * piece_bytes, piece_bytes).view for number in range(num_agents)]
+            rate = _read(reader, chosen, buffers, seconds)
             records.append(BandwidthRecord(num_agents=num_agents, piece_bytes=piece_bytes, bytes_per_second=rate))
     return records
 
@@ -62,6 +66,7 @@ def refresh_bandwidths(
     *,
     sample_bytes: int,
     seconds: float = math.inf,
+    lend: Callable[[int], Arena] = Arena,
 ) -> list[BandwidthRecord]:
     """The records, scaled half way to what a good one of them gives now: disks drift, and samples err. Blocking.
 
@@ -76,6 +81,7 @@ def refresh_bandwidths(
         agent_counts=(then.num_agents,),
         piece_sizes=(then.piece_bytes,),
         seconds=seconds,
+        lend=lend,
     )
     scale = now.bytes_per_second / then.bytes_per_second
     if 1 / DRIFT < scale < DRIFT:
@@ -128,29 +134,25 @@ def _places(checkpoint: Checkpoint, piece_bytes: int) -> list[tuple[int, int]]:
 
 
 def _read(
-    reader: Reader, places: Sequence[tuple[int, int]], num_agents: int, piece_bytes: int, most_seconds: float
+    reader: Reader, places: Sequence[tuple[int, int]], buffers: Sequence[memoryview], most_seconds: float
 ) -> float:
+    num_agents = len(buffers)
     first, places = places[:num_agents], places[num_agents:]
-    arenas = [Arena(piece_bytes) for _ in range(num_agents)]
-    for arena in arenas:
-        arena.touch()
 
     def agent(number: int) -> int:
         done = 0
         for file, offset in places[number::num_agents]:
-            done += reader.read_into(file, offset, arenas[number].view, 0)
+            done += reader.read_into(file, offset, buffers[number], 0)
             if time.perf_counter() - start > most_seconds:
                 break
         return done
 
     def begin(number: int) -> None:
-        reader.read_into(*first[number], arenas[number].view, 0)
+        reader.read_into(*first[number], buffers[number], 0)
 
     with ThreadPoolExecutor(num_agents, thread_name_prefix="hermes-probe") as pool:
         list(pool.map(begin, range(num_agents)))
         start = time.perf_counter()
         done = sum(pool.map(agent, range(num_agents)))
         seconds = time.perf_counter() - start
-    for arena in arenas:
-        arena.close()
     return done / max(seconds, 1e-9)

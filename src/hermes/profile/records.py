@@ -19,7 +19,7 @@ __all__ = [
     "block_samples",
 ]
 
-PROFILE_VERSION = 8
+PROFILE_VERSION = 9
 FEW_TOKENS = 16
 """Of these a pass is bound by memory, not by arithmetic."""
 
@@ -118,10 +118,11 @@ class Profile:
         units: in the order of a pass.
         quiet: by tokens in the pass, the part of the units' seconds that they take while no agent reads: products of
             few tokens do little but read memory, which agents write to meanwhile.
-        speed: operations a second of linear layers of many tokens meanwhile; 0 where it was not measured.
+        speed: operations a second of linear layers of as many tokens meanwhile; 0 where it was not measured.
         cold_seconds: that a process's first pass computes longer than later ones: code that was never run, buffers that
             kernels make once.
         code: what passes use of the libraries: file -> (offset, bytes).
+        preparing_code: what importing and building the model do.
         measured: False where compute was estimated from operations, not measured.
         trace: of the pass over that batch and sequence; None where it could not be followed.
         delays: fitted to the units, for blocks that were never measured; None in an estimate.
@@ -144,6 +145,7 @@ class Profile:
     speed: float = 0.0
     cold_seconds: float = 0.0
     code: Code = field(default_factory=dict)
+    preparing_code: Code = field(default_factory=dict)
     measured: bool = True
     trace: Trace | None = None
     delays: DelayModel | None = None

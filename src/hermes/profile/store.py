@@ -1,6 +1,8 @@
 """Profiles as JSON files, one for each model and dtype; one of other files or another machine is refused."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -13,7 +15,7 @@ import msgspec
 from hermes.errors import ProfileError
 from hermes.profile.records import PROFILE_VERSION, MachineRecord, Profile
 
-__all__ = ["load_profile", "profile_path", "save_profile"]
+__all__ = ["latest_profile", "load_profile", "profile_path", "save_profile"]
 
 
 def profile_path(model: Path, model_class: str, dtype: str) -> Path:
@@ -21,6 +23,16 @@ def profile_path(model: Path, model_class: str, dtype: str) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(f"{model.resolve()}|{model_class}|{dtype}".encode()).hexdigest()[:16]
     return root / "hermes" / "profiles" / f"{model.resolve().name}-{key}.json"
+
+
+def latest_profile(model: Path) -> Profile | None:
+    """The last that was stored of this model, for whichever class and dtype; whether it is valid is not looked at."""
+    some = profile_path(model, "", "").parent.glob(f"{model.resolve().name}-*.json")
+    with contextlib.suppress(OSError, ValueError):
+        if path := max(some, key=lambda path: path.stat().st_mtime_ns, default=None):
+            profile = _decode(path.read_bytes())
+            return profile if profile.version == PROFILE_VERSION else None
+    return None
 
 
 def save_profile(profile: Profile, path: Path) -> None:
@@ -40,7 +52,7 @@ def load_profile(path: Path, *, checkpoint: str, machine: MachineRecord, model_c
     """
     again = "run `hermes profile` again"
     try:
-        profile = msgspec.json.decode(path.read_bytes(), type=Profile)
+        profile = _decode(path.read_bytes())
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProfileError(f"{path}: not a profile: {error}; {again}") from None
     except OSError as error:
@@ -59,6 +71,11 @@ def load_profile(path: Path, *, checkpoint: str, machine: MachineRecord, model_c
         if was != now:
             raise ProfileError(f"{path}: from another machine: {field.name} was {was}, is {now}; {again}")
     return profile
+
+
+@functools.lru_cache(maxsize=1)
+def _decode(content: bytes) -> Profile:
+    return msgspec.json.decode(content, type=Profile)
 
 
 def _nonsense(profile: Profile) -> str | None:

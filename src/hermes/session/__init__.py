@@ -1,10 +1,10 @@
 """A model being run: what it takes (`prepare`), what it will cost (`estimate`, `measure`), and the run (`session`)."""
 
+from hermes.session.beside import touch_when_warm
 from hermes.session.estimate import estimate_profile, measure_floor
 from hermes.session.measure import measure_calls, measure_profile
 from hermes.session.prepare import FORWARDS, Prepared, prepare_model, prepare_module
 from hermes.session.session import MARGIN_BYTES, Session, attach, memory_limit, start_session
-from hermes.session.warm import start_warm_up, touch_when_warm
 from hermes.session.workload import HEAP_SLACK_BYTES, UNTRACED_HEAP_BYTES, Workload
 
 __all__ = [
@@ -24,6 +24,5 @@ __all__ = [
     "prepare_model",
     "prepare_module",
     "start_session",
-    "start_warm_up",
     "touch_when_warm",
 ]

@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from hermes.checkpoint.decoder import native
 from hermes.checkpoint.readers import Reader
 from hermes.memory.pages import drop_idle_pages, fetch_code
 from hermes.memory.probe import resident_bytes
@@ -11,6 +12,7 @@ from hermes.model.blocks import LoadFactory
 from hermes.model.units import Unit
 from hermes.plan import TOUCH_STEP_BYTES
 from hermes.profile import (
+    Calibration,
     ComputeRecord,
     Profile,
     UnitRecord,
@@ -21,6 +23,7 @@ from hermes.profile import (
     measure_unpacking,
 )
 from hermes.session.prepare import Prepared
+from hermes.session.workload import Workload
 
 __all__ = ["estimate_profile", "measure_floor", "unit_record"]
 
@@ -28,21 +31,28 @@ SAMPLE_BYTES = 64 * 2**20
 _LAYER = re.compile(r"^.*?\.\d+(?=\.|$)")
 
 
-def measure_floor(prepared: Prepared) -> int:
-    """Resident set of this process before any weight, in bytes: kernels in memory, what importing needed given back."""
+def measure_floor(prepared: Prepared) -> tuple[int, Calibration]:
+    """Resident set of this process before any weight, in bytes: kernels in memory, what importing needed given back.
+
+    And how fast those kernels are, with the tokens of the profile that is known, else of the workload.
+    """
+    native()  # loaded now, so that its code is fetched with the rest
     drop_idle_pages()
+    shape: Profile | Workload = prepared.known or prepared.workload
     if prepared.known is not None:
         fetch_code(prepared.known.code)
-    workload = prepared.workload
-    calibrate_compute(getattr(torch, prepared.dtype), workload.batch_size * workload.sequence_length)
-    return resident_bytes()
+    tokens = shape.batch_size * shape.sequence_length
+    calibration = calibrate_compute(getattr(torch, prepared.dtype), tokens, prepared.lend)
+    held_bytes = 0 if prepared.warmed is None else prepared.warmed.nbytes
+    return resident_bytes() - held_bytes, calibration
 
 
-def estimate_profile(prepared: Prepared, reader: Reader, factory: LoadFactory, *, floor_bytes: int) -> Profile:
+def estimate_profile(
+    prepared: Prepared, reader: Reader, factory: LoadFactory, *, floor_bytes: int, calibration: Calibration
+) -> Profile:
     """Costs by calculation; `measured` is False. Reads up to 128 MiB of the checkpoint."""
     workload = prepared.workload
     tokens = workload.batch_size * workload.sequence_length
-    calibration = calibrate_compute(getattr(torch, prepared.dtype), tokens)
     touch = measure_touch(SAMPLE_BYTES // 4, step_bytes=TOUCH_STEP_BYTES)
     bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, agent_counts=(2, 4))
     units = []

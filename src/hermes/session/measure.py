@@ -20,10 +20,10 @@ from hermes.profile import (
     Profile,
     bandwidths_beside_compute,
     block_samples,
+    calibrate_compute,
     fit_delays,
     machine_record,
     measure_bandwidth,
-    measure_speed,
     measure_touch,
     measure_unpacking,
 )
@@ -57,12 +57,13 @@ def measure_profile(prepared: Prepared) -> Profile:
     """
     workload = prepared.workload
     whole_tokens = workload.batch_size * workload.sequence_length
-    floor_bytes = measure_floor(prepared)
+    preparing_code = code_in_use()  # since `prepare_model` gave back what importing torch had needed
+    floor_bytes, calibration = measure_floor(prepared)
     cgroup = find_cgroup()
     refaults = cgroup.refaults() if cgroup is not None else 0
     began = time.perf_counter()
     dtype = getattr(torch, prepared.dtype)
-    speeds = [measure_speed(dtype)]
+    speeds = [calibration.speed]
     touch = measure_touch(min(TOUCHED_BYTES, memory_limit(available_bytes()) // 4), step_bytes=TOUCH_STEP_BYTES)
     with prepared.reader() as reader:
         bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, piece_sizes=PIECE_SIZES)
@@ -79,7 +80,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         for _ in range(ROUNDS):
             for tokens, _, seconds in _measured_passes(prepared, session):
                 computes.setdefault(tokens, []).append(seconds)
-            speeds.append(measure_speed(dtype))
+            speeds.append(calibrate_compute(dtype, whole_tokens).speed)
         code = code_in_use()
         stats = session.stats
         beside = [
@@ -130,6 +131,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         speed=statistics.median(speeds),
         cold_seconds=max(0.0, computed_first[0] - alone[whole_tokens]),
         code=code,
+        preparing_code=preparing_code,
         trace=prepared.trace,
         delays=fit_delays(block_samples(units, whole_tokens)),
     )
@@ -144,10 +146,10 @@ def measure_calls(
     weights takes in each round. Raises ReadError, BudgetError where this process would outgrow `limit_bytes`, and
     whatever `call` raises.
     """
-    floor_bytes = measure_floor(prepared)
+    floor_bytes, calibration = measure_floor(prepared)
     with prepared.reader() as reader:
         factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
-        profile = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes)
+        profile = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes, calibration=calibration)
     rows = []
     with _start(prepared, 2, sequential=False, limit_bytes=limit_bytes) as session, torch.no_grad():
         for _ in range(1 + rounds):

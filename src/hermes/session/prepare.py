@@ -12,8 +12,9 @@ from torch import nn
 
 from hermes.checkpoint import Checkpoint, Reader, open_checkpoint, open_reader, resolve_model
 from hermes.errors import ModelError, ProfileError
-from hermes.memory.pages import drop_idle_pages
+from hermes.memory.arena import Arena
 from hermes.memory.probe import memory_split
+from hermes.memory.warm import Warmed
 from hermes.model.blocks import Block, LoadFactory, torch_dtype
 from hermes.model.inputs import example_inputs, max_length, vocabulary_size
 from hermes.model.lean import lean_imports
@@ -24,7 +25,8 @@ from hermes.model.skeleton import build_skeleton, finish_skeleton
 from hermes.model.trace import Trace, trace_apart
 from hermes.model.units import GRANULARITIES, HEAD_ROWS, Granularity, Partition, Unit, group_units, partition
 from hermes.plan import Bandwidth, Problem, UnitCost
-from hermes.profile import BlockSample, Profile
+from hermes.profile import BlockSample, Profile, latest_profile
+from hermes.session.beside import Beside
 from hermes.session.known import stored_profile, trace_at
 from hermes.session.workload import Workload, heap_bytes
 
@@ -57,6 +59,12 @@ class Prepared:
     """What was measured of it before."""
     preparing_bytes: int = 0
     """That this process and the child that traced the model had between them; 0 if nothing was traced apart."""
+    warmed: Warmed | None = None
+    """Memory that was found meanwhile, where a limit was given; not a part of the floor."""
+
+    def lend(self, nbytes: int) -> Arena:
+        """Memory for a moment: what was found for the weights, before they are there."""
+        return Arena(nbytes) if self.warmed is None else self.warmed.lend(nbytes)
 
     @property
     def weight_bytes(self) -> int:
@@ -236,11 +244,13 @@ def prepare_model(
     matrix_bytes: int | None = None,
     profile: str | Path | None = None,
     fresh: bool = False,
+    limit_bytes: int = 0,
 ) -> Prepared:
     """Resolve, build and trace a transformers model. Reads headers and configuration, no weights.
 
     A workload longer than the model's context is cut to it. `profile` is a file to take costs and trace from, else the
-    stored one, or with `fresh` none. Raises CheckpointError, ModelError, ProfileError.
+    stored one, or with `fresh` none. With `limit_bytes` a run of this process within them is prepared: memory is found
+    for it meanwhile (`Beside`). Raises CheckpointError, ModelError, ProfileError.
     """
     directory = resolve_model(model, revision=revision)
     if not directory.is_dir():
@@ -249,34 +259,38 @@ def prepare_model(
             f"with a module of your own"
         )
     checkpoint = open_checkpoint(directory)
-    drop_idle_pages()  # torch's, lest they come on top of those that the next imports need
-    with lean_imports():
-        skeleton = build_skeleton(
-            directory,
-            auto_class=auto_class,
-            task=task,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-        )
-        weights = map_weights(skeleton, checkpoint)
-        finish_skeleton(skeleton, weights)
-    workload = workload.within(max_length(skeleton))
-    if not skeleton.can_generate():
-        workload = replace(workload, max_new_tokens=0)
-    known = None
-    if not fresh:
-        known = stored_profile(
-            directory, checkpoint, model_class=type(skeleton).__name__, dtype=_dtype_name(skeleton), path=profile
-        )
-    found = trace_at(known, workload) if attn_implementation is None else None
-    tracing_bytes = 0
-    if found is None:
-        found, tracing_bytes = _trace(skeleton, workload)
-    prepared = _prepared(skeleton, checkpoint, weights, found, workload, directory, head_rows, matrix_bytes)
-    if known is not None and not _covers(known, prepared, must=profile is not None):
+    likely = None if fresh or not limit_bytes else latest_profile(directory)
+    with Beside(checkpoint, limit_bytes, workload, likely) as beside:
+        with lean_imports():
+            skeleton = build_skeleton(
+                directory,
+                auto_class=auto_class,
+                task=task,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+            )
+            weights = map_weights(skeleton, checkpoint)
+            finish_skeleton(skeleton, weights)
+        workload = workload.within(max_length(skeleton))
+        if not skeleton.can_generate():
+            workload = replace(workload, max_new_tokens=0)
         known = None
-    return replace(prepared, known=known, preparing_bytes=_preparing_bytes(tracing_bytes))
+        if not fresh:
+            known = stored_profile(
+                directory, checkpoint, model_class=type(skeleton).__name__, dtype=_dtype_name(skeleton), path=profile
+            )
+        trace = trace_at(known, workload) if attn_implementation is None else None
+        tracing_bytes = 0
+        if trace is None:
+            beside.tracing()
+            trace, tracing_bytes = _trace(skeleton, workload)
+        prepared = _prepared(skeleton, checkpoint, weights, trace, workload, directory, head_rows, matrix_bytes)
+        if known is not None and not _covers(known, prepared, must=profile is not None):
+            known = None
+        warmed = beside.stop() if limit_bytes else None
+    preparing_bytes = _preparing_bytes(tracing_bytes, held_bytes=0 if warmed is None else warmed.nbytes)
+    return replace(prepared, known=known, preparing_bytes=preparing_bytes, warmed=warmed)
 
 
 def _trace(skeleton: nn.Module, workload: Workload) -> tuple[Trace | None, int]:
@@ -292,8 +306,8 @@ def _trace(skeleton: nn.Module, workload: Workload) -> tuple[Trace | None, int]:
     return found, nbytes
 
 
-def _preparing_bytes(tracing_bytes: int) -> int:
-    return memory_split().anon_bytes + tracing_bytes + CODE_BYTES if tracing_bytes else 0
+def _preparing_bytes(tracing_bytes: int, held_bytes: int = 0) -> int:
+    return memory_split().anon_bytes - held_bytes + tracing_bytes + CODE_BYTES if tracing_bytes else 0
 
 
 def _covers(profile: Profile, prepared: Prepared, *, must: bool) -> bool:

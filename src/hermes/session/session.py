@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -12,6 +12,7 @@ from torch import nn
 from hermes.checkpoint.readers import Reader
 from hermes.engine import Engine, EngineConfig, EngineStats
 from hermes.memory.allocator import hold_heap
+from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
 from hermes.memory.probe import find_cgroup
 from hermes.model.binding import Binding, BlockSource
@@ -74,7 +75,7 @@ def start_session(
     quota: Ledger | None = None,
     source: Callable[[Engine], BlockSource] = lambda engine: engine,
 ) -> Session:
-    """Take the memory, start the agents, bind the model. The reader is closed with the session.
+    """Take the memory (first what was found for it), start the agents, bind the model; the reader is closed with it.
 
     With a `quota` the session is one of several in a budget: weights, window and buffers are reserved there, and floor
     and heap are the business of whoever gave it, who also watches real memory. `source` is what the model pulls its
@@ -89,6 +90,7 @@ def start_session(
     pinned = factory.pinned(prepared.partition.pinned)
     bounced = any(piece.bounced for block in [*blocks, pinned] for load in block.loads for piece in load.pieces)
     ledger = quota or Ledger(plan.limit_bytes)
+    warmed, prepared = prepared.warmed, replace(prepared, warmed=None)
     if quota is None:
         hold_heap(plan.heap_bytes)
         ledger.reserve("floor", plan.floor_bytes)
@@ -112,7 +114,10 @@ def start_session(
             elastic=quota is not None,
             record=record,
         ),
+        take_memory=Arena if warmed is None else warmed.take,
     )
+    if warmed is not None:
+        warmed.close()
     try:
         binding = Binding(
             prepared.module,
