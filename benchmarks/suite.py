@@ -75,13 +75,13 @@ def one_run(
     }
 
 
-def yardstick(model: Path, floor: int, disk: str, nbytes: int) -> dict:
+def yardstick(model: Path, floor: int, disk: str, nbytes: int, window_bytes: int) -> dict:
     """What the bound of a run is made of that has just ended: the disk's rate, resident passes, those beside reads.
 
     A throttled disk gives its rate beside anything, so nothing is read there.
     """
     (room,) = caps_of(model, ["100"], floor).values()
-    run = one_run(YARDSTICK, model, room, "free", str(nbytes if disk == "free" else 0))
+    run = one_run(YARDSTICK, model, room, "free", str(nbytes if disk == "free" else 0), str(window_bytes))
     beside = ("beside_seconds",) if disk == "free" else ()
     return {"disk_rate": disk_rate(model, disk)} | {
         field: run[field] for field in ("resident_seconds", *beside) if field in run
@@ -146,7 +146,7 @@ def measure(
                         else one_run(kind, model, sizes[cap], disk, timeout_seconds=timeout_seconds)
                     )
                     if peer in STREAMED and cap != "100" and "error" not in run:
-                        run |= yardstick(model, floor, disk, run["steady_bytes"])
+                        run |= yardstick(model, floor, disk, run["steady_bytes"], run["ring_bytes"])
                     runs.append(run)
                     print(name, cap, disk, peer, summary(runs[-1]), flush=True)
             new = [

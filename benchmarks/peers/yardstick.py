@@ -1,15 +1,17 @@
 """What no streaming can beat: resident passes, and in turns with them the same while BYTES are read beside each.
 
-    python yardstick.py MODEL BUDGET BYTES
+    python yardstick.py MODEL BUDGET BYTES WINDOW
 
-The reads go past the page cache into buffers that nobody waits for but the end of the pass.
+The reads go past the page cache into a window of so many bytes, round and round, as a streaming run's do: a disk fills
+buffers that stay in the processor's caches faster. Nobody waits for them but the end of the pass.
 """
 
+import contextlib
 import itertools
 import statistics
 import sys
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,14 +26,14 @@ import hermes  # noqa: E402
 from hermes.checkpoint import open_checkpoint, open_reader  # noqa: E402
 from hermes.memory.arena import Arena  # noqa: E402
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 4 << 20
 NUM_AGENTS = 4
 
 
 class Reading:
     """So many bytes of the checkpoint at each second pass, from its start on, by agents of their own."""
 
-    def __init__(self, model: Path, nbytes: int) -> None:
+    def __init__(self, model: Path, nbytes: int, window_bytes: int) -> None:
         checkpoint = open_checkpoint(model)
         self.reader = open_reader(checkpoint)
         self.pieces: Iterator[tuple[int, int]] = itertools.cycle(
@@ -40,8 +42,13 @@ class Reading:
             for offset in range(0, stamp.nbytes - PIECE_BYTES + 1, PIECE_BYTES)
         )
         self.num_pieces = -(-nbytes // PIECE_BYTES)
+        window = Arena(max(1, window_bytes // PIECE_BYTES) * PIECE_BYTES)
+        window.touch()
+        self.targets = itertools.cycle(
+            window.view[begin : begin + PIECE_BYTES] for begin in range(0, window.nbytes, PIECE_BYTES)
+        )
         self.pool = ThreadPoolExecutor(NUM_AGENTS)
-        self.mine = threading.local()
+        self.queue: deque[tuple[tuple[int, int], memoryview]] = deque()
         self.under_way: list[Future[None]] = []
         self.passes = 0
 
@@ -49,8 +56,8 @@ class Reading:
         """A pass begins."""
         self.passes += 1
         if self.passes % 2 == 0:
-            pieces = itertools.islice(self.pieces, self.num_pieces)
-            self.under_way = [self.pool.submit(self.read, *piece) for piece in pieces]
+            self.queue.extend(zip(itertools.islice(self.pieces, self.num_pieces), self.targets, strict=False))
+            self.under_way = [self.pool.submit(self.read) for _ in range(NUM_AGENTS)]
 
     def wait(self, *_: object) -> None:
         """A pass ends."""
@@ -58,18 +65,21 @@ class Reading:
             read.result()
         self.under_way = []
 
-    def read(self, file: int, offset: int) -> None:
-        if not hasattr(self.mine, "arena"):
-            self.mine.arena = Arena(PIECE_BYTES)
-        self.reader.read_into(file, offset, self.mine.arena.view, PIECE_BYTES)
+    def read(self) -> None:
+        """An agent's part."""
+        with contextlib.suppress(IndexError):
+            while True:
+                (file, offset), target = self.queue.popleft()
+                self.reader.read_into(file, offset, target, PIECE_BYTES)
 
 
 def main() -> None:
-    work, budget, nbytes = Work(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
+    work, budget = Work(Path(sys.argv[1])), sys.argv[2]
+    nbytes, window_bytes = map(int, sys.argv[3:])
     torch.set_grad_enabled(False)
     start = time.perf_counter()
     module = hermes.load(work.model, budget=budget, **work.load_options)
-    reading = Reading(work.model, nbytes)
+    reading = Reading(work.model, nbytes, window_bytes)
     module.register_forward_hook(reading.wait)  # inside what is clocked, as the start is
     seconds = clock_passes(module)
     module.register_forward_pre_hook(reading.start)
