@@ -13,7 +13,7 @@ from hermes.checkpoint.readers import Reader
 from hermes.errors import InputError
 from hermes.memory.allocator import keep_heap_tight, put_off_collections
 from hermes.plan import Plan, Problem, make_plan, smallest_budget
-from hermes.profile import Profile, refresh_bandwidths
+from hermes.profile import Profile, measure_drift
 from hermes.session import (
     FORWARDS,
     MARGIN_BYTES,
@@ -265,7 +265,7 @@ def pose_problem(prepared: Prepared, reader: Reader) -> tuple[Problem, Profile]:
     if known is None:
         known = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes, calibration=calibration)
     else:
-        bandwidths = refresh_bandwidths(
+        drift = measure_drift(
             known.bandwidths,
             prepared.checkpoint,
             reader,
@@ -273,7 +273,7 @@ def pose_problem(prepared: Prepared, reader: Reader) -> tuple[Problem, Profile]:
             seconds=SAMPLE_SECONDS,
             lend=prepared.lend,
         )
-        known = replace(known, bandwidths=tuple(bandwidths)).at_speed(calibration.speed)
+        known = known.at_rate(drift).at_speed(calibration.speed)
     if warmed is not None:
         known = replace(known, touch_seconds_per_byte=touch_when_warm(known.touch_seconds_per_byte, warmed))
     problem = prepared.problem(known, factory, floor_bytes=floor_bytes)

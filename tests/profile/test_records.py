@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hermes.profile import ComputeRecord, MachineRecord, Profile, UnitRecord
+from hermes.profile import BandwidthRecord, ComputeRecord, MachineRecord, Profile, UnitRecord
 
 MACHINE = MachineRecord(
     cpu="c", num_cores=2, num_threads=2, memory_bytes=1, torch="2", transformers="5", file_system="ext4"
@@ -32,6 +32,24 @@ def test_arithmetic_goes_half_way_with_the_machine() -> None:
 def test_an_unknown_speed_changes_nothing() -> None:
     estimate = profile(0.0, (128, 1.0))
     assert estimate.at_speed(100e9) is estimate
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rate", "streaming"),
+    [(1.2, 1.1e9, 0.88e9), (0.8, 0.9e9, 0.72e9), (0.1, 0.1e9, 0.8e9), (10, 10e9, 0.0)],
+    ids=["faster", "slower", "limited", "limit lifted"],
+)
+def test_rates_go_half_way_with_the_disk_unless_it_has_become_another(
+    ratio: float, rate: float, streaming: float
+) -> None:
+    then = replace(
+        profile(0.0, (1, 1.0)),
+        bandwidths=tuple(BandwidthRecord(num_agents=n, piece_bytes=1, bytes_per_second=n * 1e9) for n in (1, 2)),
+        streaming_bytes_per_second=0.8e9,
+    )
+    now = then.at_rate(ratio)
+    assert [record.bytes_per_second for record in now.bandwidths] == pytest.approx([rate, 2 * rate])
+    assert now.streaming_bytes_per_second == pytest.approx(streaming)
 
 
 def test_seconds_between_and_beyond_what_was_measured() -> None:

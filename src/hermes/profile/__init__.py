@@ -5,7 +5,7 @@ The passes that measure a model are run by `hermes.session.measure`; disk and ke
 
 from hermes.profile.calibrate import Calibration, calibrate_compute
 from hermes.profile.delays import BlockSample, DelayModel, LinearFit, fit_delays
-from hermes.profile.disk import bandwidths_beside_compute, measure_bandwidth, measure_touch, refresh_bandwidths
+from hermes.profile.disk import measure_bandwidth, measure_drift, measure_touch
 from hermes.profile.machine import machine_record
 from hermes.profile.records import (
     PROFILE_VERSION,
@@ -30,7 +30,6 @@ __all__ = [
     "MachineRecord",
     "Profile",
     "UnitRecord",
-    "bandwidths_beside_compute",
     "block_samples",
     "calibrate_compute",
     "fit_delays",
@@ -38,9 +37,9 @@ __all__ = [
     "load_profile",
     "machine_record",
     "measure_bandwidth",
+    "measure_drift",
     "measure_touch",
     "measure_unpacking",
     "profile_path",
-    "refresh_bandwidths",
     "save_profile",
 ]

@@ -1,11 +1,9 @@
 """How fast the checkpoint's disk gives its bytes to so many agents, and memory takes them in."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from hermes.checkpoint.index import Checkpoint
 from hermes.checkpoint.readers import Reader
@@ -13,17 +11,9 @@ from hermes.memory.arena import Arena
 from hermes.memory.probe import num_cores
 from hermes.profile.records import BandwidthRecord
 
-__all__ = [
-    "AGENT_COUNTS",
-    "bandwidths_beside_compute",
-    "measure_bandwidth",
-    "measure_touch",
-    "refresh_bandwidths",
-]
+__all__ = ["AGENT_COUNTS", "measure_bandwidth", "measure_drift", "measure_touch"]
 
 AGENT_COUNTS = (1, 2, 3, 4)
-DRIFT = 1.6
-"""Two samples of one disk may differ by such a factor."""
 MIB = 2**20
 
 
@@ -59,7 +49,7 @@ def measure_bandwidth(
     return records
 
 
-def refresh_bandwidths(
+def measure_drift(
     records: Sequence[BandwidthRecord],
     checkpoint: Checkpoint,
     reader: Reader,
@@ -67,11 +57,8 @@ def refresh_bandwidths(
     sample_bytes: int,
     seconds: float = math.inf,
     lend: Callable[[int], Arena] = Arena,
-) -> list[BandwidthRecord]:
-    """The records, scaled half way to what a good one of them gives now: disks drift, and samples err. Blocking.
-
-    All the way where the difference is no drift any more, as under a limit that somebody has set since.
-    """
+) -> float:
+    """How many times what it gave for a good one of the records the disk gives now. Blocking. Raises ReadError."""
     best = max(record.bytes_per_second for record in records)
     then = max(records, key=lambda record: (record.bytes_per_second >= best / 2, record.num_agents, record.piece_bytes))
     (now,) = measure_bandwidth(
@@ -83,22 +70,7 @@ def refresh_bandwidths(
         seconds=seconds,
         lend=lend,
     )
-    scale = now.bytes_per_second / then.bytes_per_second
-    if 1 / DRIFT < scale < DRIFT:
-        scale = (1 + scale) / 2
-    return [replace(record, bytes_per_second=record.bytes_per_second * scale) for record in records]
-
-
-def bandwidths_beside_compute(
-    records: Sequence[BandwidthRecord], bytes_per_second: Sequence[float]
-) -> list[BandwidthRecord]:
-    """The records, lowered to what agents got in real passes that waited for the disk; as they are without any."""
-    if not bytes_per_second:
-        return list(records)
-    best = max(record.bytes_per_second for record in records)
-    good = [record.bytes_per_second for record in records if record.bytes_per_second >= best / DRIFT]
-    scale = min(1.0, max(1 / DRIFT, statistics.median(bytes_per_second) / statistics.median(good)))
-    return [replace(record, bytes_per_second=record.bytes_per_second * scale) for record in records]
+    return now.bytes_per_second / then.bytes_per_second
 
 
 def measure_touch(nbytes: int, *, step_bytes: int, chunk_bytes: int = 16 * MIB) -> tuple[float, ...]:

@@ -20,6 +20,8 @@ __all__ = [
 ]
 
 PROFILE_VERSION = 9
+DRIFT = 1.6
+"""Two samples of one disk may differ by such a factor."""
 FEW_TOKENS = 16
 """Of these a pass is bound by memory, not by arithmetic."""
 
@@ -113,7 +115,9 @@ class Profile:
         touch_seconds_per_byte: of writing to memory for the first time, for each further `TOUCH_STEP_BYTES` that the
             process takes; the last one holds for what comes after.
         refaults_per_second: pages the system took away and gave back during the passes; a sign of too tight a cap.
-        bandwidths: of the disk.
+        bandwidths: of the disk, with nothing else going on.
+        streaming_bytes_per_second: of passes that waited for the disk most of the time: less, as computing takes memory
+            bandwidth from it, and a window does not fit into caches; 0 where none did.
         unpack_bytes_per_second: of packed weights, as unpacked by one core; 0 where none are packed.
         units: in the order of a pass.
         quiet: by tokens in the pass, the part of the units' seconds that they take while no agent reads: products of
@@ -140,6 +144,7 @@ class Profile:
     refaults_per_second: float = 0.0
     unpack_bytes_per_second: float = 0.0
     bandwidths: tuple[BandwidthRecord, ...]
+    streaming_bytes_per_second: float = 0.0
     units: tuple[UnitRecord, ...]
     quiet: tuple[tuple[int, float], ...] = ()
     speed: float = 0.0
@@ -165,6 +170,21 @@ class Profile:
         share = (1 + self.speed / speed) / 2
         units = tuple(replace(unit, compute=unit.compute.scaled(share)) for unit in self.units)
         return replace(self, units=units, speed=speed)
+
+    def at_rate(self, ratio: float) -> "Profile":
+        """For another minute: the disk gives `ratio` times what it gave. Half of that is believed, like the speed.
+
+        All of it where it is no drift any more, as under a limit that somebody has set since, or has lifted.
+        """
+        drifts = 1 / DRIFT < ratio < DRIFT
+        scale = (1 + ratio) / 2 if drifts else ratio
+        bandwidths = (replace(record, bytes_per_second=record.bytes_per_second * scale) for record in self.bandwidths)
+        streaming = self.streaming_bytes_per_second
+        return replace(
+            self,
+            bandwidths=tuple(bandwidths),
+            streaming_bytes_per_second=streaming * scale if drifts else streaming if ratio < 1 else 0.0,
+        )
 
     def compute_of(self, unit: str, like: BlockSample | None = None) -> ComputeRecord:
         """Cost of a unit by name; of one that was never measured, by the delay model for a block `like` it.

@@ -18,7 +18,6 @@ from hermes.plan import TOUCH_STEP_BYTES, Plan
 from hermes.profile import (
     ComputeRecord,
     Profile,
-    bandwidths_beside_compute,
     block_samples,
     calibrate_compute,
     fit_delays,
@@ -125,7 +124,8 @@ def measure_profile(prepared: Prepared) -> Profile:
         refaults_per_second=again / (time.perf_counter() - began),
         touch_seconds_per_byte=touch,
         unpack_bytes_per_second=measure_unpacking(prepared.checkpoint),
-        bandwidths=tuple(bandwidths_beside_compute(bandwidths, beside)),
+        bandwidths=tuple(bandwidths),
+        streaming_bytes_per_second=statistics.median(beside) if beside else 0.0,
         units=tuple(units),
         quiet=quiet,
         speed=statistics.median(speeds),

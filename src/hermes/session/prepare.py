@@ -199,7 +199,11 @@ class Prepared:
             num_in_pass=self.partition.num_in_pass,
             groups={name: group_units(self.partition.units, name) for name in GRANULARITIES},
             bandwidths=[
-                Bandwidth(num_agents=b.num_agents, piece_bytes=b.piece_bytes, bytes_per_second=b.bytes_per_second)
+                Bandwidth(
+                    num_agents=b.num_agents,
+                    piece_bytes=b.piece_bytes,
+                    bytes_per_second=min(b.bytes_per_second, profile.streaming_bytes_per_second or b.bytes_per_second),
+                )
                 for b in profile.bandwidths
             ],
             floor_bytes=floor_bytes,
