@@ -5,12 +5,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
+from hermes.errors import BudgetError
 from hermes.fleet.lanes import drop_kernel_threads
 from hermes.fleet.members import Candidate
 from hermes.memory.allocator import trim_heap
@@ -50,9 +52,9 @@ def measure_candidate(
     """Call the model in a small window, unless a stored profile has its seconds.
 
     On a thread of its own, as it will run, with the only team of kernels' threads; and once more beside another such
-    thread. `alone` says that nothing else computes in this process meanwhile: else what another model does would be
-    taken for this one's. Blocking, for about as long as eight calls and reading the weights for each take. Raises as
-    `measure_calls` does, BudgetError where this process would outgrow `limit_bytes`.
+    thread, where there is room. `alone` says that nothing else computes in this process meanwhile: else what another
+    model does would be taken for this one's. Blocking, for about as long as eight calls and reading the weights for
+    each take. Raises as `measure_calls` does, BudgetError where this process would outgrow `limit_bytes`.
     """
     heap = _Heap(call, alone)
     crowding = 1.0
@@ -63,13 +65,16 @@ def measure_candidate(
             known = pool.submit(measure_calls, prepared, heap, rounds=ROUNDS, limit_bytes=limit_bytes).result()
             problem = prepared.problem(known, factory_of(prepared), floor_bytes=0)
             if alone:
-                with ThreadPoolExecutor(1, thread_name_prefix="hermes-fleet-beside") as other:
+                with (
+                    suppress(BudgetError),  # there is no room for two teams: nor will there be in a run
+                    ThreadPoolExecutor(1, thread_name_prefix="hermes-fleet-beside") as other,
+                ):
                     other.submit(torch.ones(ELEMENTS).sum).result()
                     crowded = pool.submit(
                         measure_calls, prepared, call, rounds=CROWDED_ROUNDS, limit_bytes=limit_bytes
                     ).result()
-                again = prepared.problem(crowded, factory_of(prepared), floor_bytes=0)
-                crowding = max(1.0, _seconds(again) / _seconds(problem))
+                    again = prepared.problem(crowded, factory_of(prepared), floor_bytes=0)
+                    crowding = max(1.0, _seconds(again) / _seconds(problem))
     else:
         problem = prepared.problem(known, factory_of(prepared), floor_bytes=0)
     activation_bytes = problem.heap_bytes - HEAP_SLACK_BYTES

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hermes.errors import BudgetError, ModelError
+from hermes.memory.allocator import trim_heap
 from hermes.memory.pages import code_in_use
 from hermes.memory.probe import available_bytes, find_cgroup, resident_bytes
 from hermes.model.inputs import example_inputs
@@ -220,6 +221,7 @@ def _start(prepared: Prepared, num_agents: int, *, sequential: bool, limit_bytes
     blocks, _ = prepared.blocks(factory, "leaf")
     window_bytes = smallest_ring([[load.slot_bytes for load in block.loads] for block in blocks])
     limit_bytes = memory_limit(limit_bytes)
+    trim_heap()
     least_bytes = resident_bytes() + prepared.heap_bytes + MARGIN_BYTES + window_bytes
     if least_bytes > limit_bytes:
         reader.close()
