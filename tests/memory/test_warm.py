@@ -83,5 +83,11 @@ def test_it_shrinks_for_good():
     assert warm_up.stop().nbytes == 2 * CHUNK_BYTES
 
 
+def test_addresses_that_the_system_refuses_are_done_without():
+    warmed = WarmUp(2**30, 2**62).stop()
+    assert warmed.nbytes == 0
+    assert warmed.take(4096).nbytes == 4096
+
+
 def test_nothing_is_wanted():
     assert WarmUp(0, 0).stop().nbytes == 0

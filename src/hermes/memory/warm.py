@@ -55,8 +55,11 @@ class WarmUp:
     def __init__(self, nbytes: int, range_bytes: int) -> None:
         self.nbytes = 0
         """Of memory that is there now."""
-        self._arena = Arena(range_bytes)
-        self._most_bytes = min(nbytes, range_bytes)
+        try:
+            self._arena = Arena(range_bytes)
+        except OSError:  # more addresses than this system promises to one process
+            self._arena = Arena(0)
+        self._most_bytes = min(nbytes, self._arena.nbytes)
         self._seconds: list[float] = []
         self._lock = threading.Lock()
         self._stopped = threading.Event()

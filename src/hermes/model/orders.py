@@ -26,7 +26,7 @@ BLOCKS = (512, 1024, 256, 2048)
 """Columns after which kernels of bf16 were seen to begin a new sum, or might."""
 FLOAT_BLOCKS = (192, 256, 320, 336, 384, 448, 512)
 """And kernels of float32."""
-TRIED_BYTES = 4 * 2**20
+TRIED_BYTES = 2**20
 """Of a matrix to find the order of sums with."""
 
 
