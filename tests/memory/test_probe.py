@@ -1,4 +1,5 @@
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -252,6 +253,22 @@ def test_a_held_heap_takes_no_page_twice():
     assert held < tight / 10
 
 
+def test_a_grown_heap_is_there_when_it_is_taken():
+    script = textwrap.dedent("""
+        import resource
+        from hermes.memory.allocator import grow_heap, keep_heap_tight
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            bytearray(12 << 20)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        keep_heap_tight()
+        assert grow_heap(14 << 20)
+        print(faults())
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < (12 << 20) / mmap.PAGESIZE / 10
+
+
 def test_no_allocator_to_set(monkeypatch):
     class Bare:
         pass
@@ -259,6 +276,7 @@ def test_no_allocator_to_set(monkeypatch):
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: Bare())
     assert allocator.keep_heap_tight() is False
     assert allocator.hold_heap(1 << 30) is False
+    assert allocator.grow_heap(1 << 20) is False
     assert allocator.trim_heap() is False
 
 

@@ -8,7 +8,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["hold_heap", "keep_heap_tight", "put_off_collections", "trim_heap"]
+__all__ = ["grow_heap", "hold_heap", "keep_heap_tight", "put_off_collections", "trim_heap"]
 
 # Parameter numbers of mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -43,6 +43,26 @@ def hold_heap(nbytes: int) -> bool:
     if nbytes <= _THRESHOLD_BYTES:
         return True
     return _set((_M_MMAP_THRESHOLD, min(nbytes, _LARGEST_THRESHOLD_BYTES)), (_M_TRIM_THRESHOLD, min(nbytes, 2**31 - 1)))
+
+
+def grow_heap(nbytes: int) -> bool:
+    """Have so many bytes of free heap there, zeroed, as far as `hold_heap` lets them stay; True if they are.
+
+    The page faults of a first pass, taken while the disk fills the window: on a virtual machine, whose host must find
+    each page, 10 microseconds each. Releases the interpreter lock.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        malloc, free = libc.malloc, libc.free
+    except (AttributeError, OSError, TypeError):
+        return False
+    malloc.argtypes, malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
+    free.argtypes = (ctypes.c_void_p,)
+    if not nbytes or not (address := malloc(nbytes)):
+        return False
+    ctypes.memset(address, 0, nbytes)
+    free(address)
+    return True
 
 
 def trim_heap() -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from hermes.checkpoint.readers import Reader
 from hermes.engine import Engine, EngineConfig, EngineStats
-from hermes.memory.allocator import hold_heap
+from hermes.memory.allocator import grow_heap, hold_heap
 from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
 from hermes.memory.probe import find_cgroup
@@ -26,6 +26,9 @@ __all__ = ["MARGIN_BYTES", "Session", "attach", "memory_limit", "start_session"]
 MARGIN_BYTES = 24 * 2**20
 """Part of every budget that is never planned with: what the kernel holds for the process (page tables, stacks, inodes:
 14 MiB seen), counted by cgroups alone, and some pages of the cache, without which it evicts code that is in use."""
+
+GROWN_BYTES = 15 * 2**20
+"""Of heap, before the first pass: below what the allocator gives back at once."""
 
 
 def memory_limit(budget_bytes: int) -> int:
@@ -144,6 +147,8 @@ def start_session(
     except BaseException:
         close()
         raise
+    if quota is None and prepared.trace is not None:
+        grow_heap(min(prepared.trace.peak_bytes, plan.heap_bytes, GROWN_BYTES))  # the disk fills the window meanwhile
     weakref.finalize(prepared.module, engine.close)
     return Session(prepared=prepared, plan=plan, stats=engine.stats, ledger=ledger, engine=engine, _close=close)
 
