@@ -67,8 +67,8 @@ def targets(rows: Rows, batch: list[Row], predictions: list[Row], commands: list
         "## Against the targets",
         "",
         "*Possible*: for steady passes, what Hermes reaches with all weights resident while the same bytes are read "
-        "beside each pass and nobody waits for them: products slow the disk's transfers, and those the products. In "
-        "other rows, with Hermes's pass at its bound, or at what was possible for it.",
+        "beside each pass, into a window as large, and nobody waits for them: products slow the disk's transfers, and "
+        "those the products. In other rows, with Hermes's pass at its bound, or at what was possible for it.",
         "",
         "| target | where | measured | asked | |",
         "|---|---|---|---|---|",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from hermes.checkpoint.chunks import ChunkRun
@@ -22,7 +23,7 @@ from hermes.model.orders import GROUP_ROWS, adds_like_torch, summing_block, sums
 from hermes.model.units import MATRIX_ROWS
 from hermes.pipeload import Place
 
-__all__ = ["PackedRows", "can_stay_packed", "finish", "linear", "turned"]
+__all__ = ["PackedRows", "can_stay_packed", "finish", "linear", "try_order", "turned"]
 
 TILE_BYTES = 4 * 2**20
 """Unpacked at a time for torch, or the fewest rows that round like the whole matrix."""
@@ -120,6 +121,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         if block and (weight.dtype != torch.bfloat16 or not shape[0] % GROUP_ROWS):
             return multiply(x, weight, bias, block)
     return functional.linear(x, weight, bias)
+
+
+def try_order(layer: nn.Linear, tokens: int) -> None:
+    """Find out now what `linear` would at its first use with so many tokens of this layer."""
+    shape = (layer.weight.shape[0], layer.weight.shape[1])
+    summing_block(layer.weight.dtype, tokens, *shape, layer.bias is not None, torch.get_num_threads())
 
 
 def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -126,7 +126,8 @@ def measure_profile(prepared: Prepared) -> Profile:
         touch_seconds_per_byte=touch,
         unpack_bytes_per_second=measure_unpacking(prepared.checkpoint),
         bandwidths=tuple(bandwidths),
-        streaming_bytes_per_second=statistics.median(beside) if beside else 0.0,
+        # Of the faster half: what others do to the disk meanwhile, a sample at each load tells.
+        streaming_bytes_per_second=statistics.median(sorted(beside)[len(beside) // 2 :]) if beside else 0.0,
         units=tuple(units),
         quiet=quiet,
         speed=statistics.median(speeds),

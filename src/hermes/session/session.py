@@ -16,6 +16,9 @@ from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
 from hermes.memory.probe import find_cgroup
 from hermes.model.binding import Binding, BlockSource
+from hermes.model.inputs import vocabulary_size
+from hermes.model.mapping import is_plain_linear
+from hermes.model.product import try_order
 from hermes.model.units import Granularity
 from hermes.plan import Plan
 from hermes.session.demand import demand_of
@@ -147,10 +150,21 @@ def start_session(
     except BaseException:
         close()
         raise
-    if quota is None and prepared.trace is not None:
-        grow_heap(min(prepared.trace.peak_bytes, plan.heap_bytes, GROWN_BYTES))  # the disk fills the window meanwhile
+    if quota is None:
+        _get_ready(prepared, plan)
     weakref.finalize(prepared.module, engine.close)
     return Session(prepared=prepared, plan=plan, stats=engine.stats, ledger=ledger, engine=engine, _close=close)
+
+
+def _get_ready(prepared: Prepared, plan: Plan) -> None:
+    """What the first pass would have to do, done while the disk fills the window."""
+    if prepared.trace is not None:
+        grow_heap(min(prepared.trace.peak_bytes, plan.heap_bytes, GROWN_BYTES))
+    if vocabulary_size(prepared.module):  # a text, whose tokens are known
+        tokens = prepared.workload.batch_size * prepared.workload.sequence_length
+        for module in prepared.module.modules():
+            if is_plain_linear(module):
+                try_order(module, tokens)
 
 
 def attach(module: nn.Module, session: Session) -> nn.Module:
