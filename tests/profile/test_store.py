@@ -68,7 +68,8 @@ def test_the_latest_is_found_whatever_it_is_of(tmp_path: Path, monkeypatch: pyte
         path = profile_path(model, "M", dtype)
         save_profile(replace(PROFILE, dtype=dtype), path)
         os.utime(path, (number, number))
-    save_profile(replace(PROFILE, dtype="float16"), profile_path(tmp_path / "other", "M", "float16"))
+    for other in ("other", "model-large"):
+        save_profile(replace(PROFILE, dtype="float16"), profile_path(tmp_path / other, "M", "float16"))
     latest = latest_profile(model)
     assert latest is not None
     assert latest.dtype == "bfloat16"

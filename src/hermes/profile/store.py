@@ -20,14 +20,14 @@ __all__ = ["latest_profile", "load_profile", "profile_path", "save_profile"]
 
 def profile_path(model: Path, model_class: str, dtype: str) -> Path:
     """Where `hermes profile` keeps the profile of a model: under $XDG_CACHE_HOME, or ~/.cache."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(f"{model.resolve()}|{model_class}|{dtype}".encode()).hexdigest()[:16]
-    return root / "hermes" / "profiles" / f"{model.resolve().name}-{key}.json"
+    return _directory() / f"{model.resolve().name}-{key}.json"
 
 
 def latest_profile(model: Path) -> Profile | None:
-    """The last that was stored of this model, for whichever class and dtype; whether it is valid is not looked at."""
-    some = profile_path(model, "", "").parent.glob(f"{model.resolve().name}-*.json")
+    """The last that was stored of a model of this name, for whichever class and dtype; nobody asks if it is valid."""
+    name = model.resolve().name
+    some = (path for path in _directory().glob("*.json") if path.stem.rpartition("-")[0] == name)
     with contextlib.suppress(OSError, ValueError):
         if path := max(some, key=lambda path: path.stat().st_mtime_ns, default=None):
             profile = _decode(path.read_bytes())
@@ -71,6 +71,10 @@ def load_profile(path: Path, *, checkpoint: str, machine: MachineRecord, model_c
         if was != now:
             raise ProfileError(f"{path}: from another machine: {field.name} was {was}, is {now}; {again}")
     return profile
+
+
+def _directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hermes" / "profiles"
 
 
 @functools.lru_cache(maxsize=1)
