@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hermes.pipeload import BlockDone, BlockWanted, Compute, Fetch, LoadFetched, Order, Pipeline
 from hermes.plan.problem import TOUCH_STEP_BYTES, Problem, UnitCost
 
-__all__ = ["Prediction", "least_seconds", "simulate", "touch_seconds"]
+__all__ = ["Prediction", "least_seconds", "simulate", "streamed_reads", "touch_seconds"]
 
 SIMULATED_PASSES = 3
 
@@ -36,13 +36,7 @@ def least_seconds(
 ) -> float:
     """What `simulate` predicts at least for all passes: reading alone, or computing alone, without either waiting."""
     reads = [[n for unit in block for n in problem.units[unit].read_bytes] for block in blocks]
-    kept = packed or [frozenset()] * len(blocks)
-    streamed = sum(
-        nbytes
-        for block, loads in enumerate(reads)
-        for load, nbytes in enumerate(loads)
-        if load not in resident[block] and load not in kept[block]
-    )
+    streamed = sum(streamed_reads(reads, resident, packed))
     later = problem.num_passes - 1
     units = [problem.units[unit] for block in blocks for unit in block]
     share = _part_computed(problem, reads, resident)
@@ -50,6 +44,18 @@ def least_seconds(
         (sum(map(sum, reads)) + later * streamed) / bytes_per_second,
         sum(unit.first_seconds for unit in units) + later * share * sum(unit.next_seconds for unit in units),
     )
+
+
+def streamed_reads(
+    reads: Sequence[Sequence[int]], resident: Sequence[Set[int]], packed: Sequence[Set[int]]
+) -> list[int]:
+    """Bytes of each load that every pass reads: those of `reads`, by block, that do not stay, packed or not."""
+    return [
+        nbytes
+        for block, loads in enumerate(reads)
+        for load, nbytes in enumerate(loads)
+        if load not in resident[block] and not (packed and load in packed[block])
+    ]
 
 
 def touch_seconds(seconds_per_byte: Sequence[float], taken_bytes: int, nbytes: int) -> float:

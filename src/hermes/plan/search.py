@@ -7,7 +7,7 @@ from typing import Any
 
 from hermes.errors import BudgetError
 from hermes.pipeload import smallest_ring
-from hermes.plan.cost import Prediction, least_seconds, simulate
+from hermes.plan.cost import Prediction, least_seconds, simulate, streamed_reads
 from hermes.plan.problem import Bandwidth, Plan, Problem
 from hermes.plan.residency import spread
 from hermes.units import format_budget, format_bytes
@@ -149,12 +149,7 @@ def _finish(
     slots, reads, layout = _slots(problem, blocks), _reads(problem, blocks), best.layout
     kept = sum(slots[block][load] for block, loads in enumerate(layout.resident) for load in loads)
     packed = sum(reads[block][load] for block, loads in enumerate(layout.packed) for load in loads)
-    streamed = [
-        nbytes
-        for block in range(len(_in_pass(problem, blocks)))
-        for load, nbytes in enumerate(reads[block])
-        if load not in layout.resident[block] and not (layout.packed and load in layout.packed[block])
-    ]
+    streamed = streamed_reads(_reads(problem, _in_pass(problem, blocks)), layout.resident, layout.packed)
     disk_seconds = sum(streamed) / bandwidth.bytes_per_second
     compute_seconds = sum(
         unit.next_seconds * problem.quiet if problem.num_passes > 1 else unit.first_seconds
