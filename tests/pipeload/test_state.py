@@ -296,6 +296,8 @@ def test_blocks_outside_the_pass_are_loaded_only_when_asked_for():
 
 def test_a_window_that_is_too_small_is_refused():
     assert smallest_ring([[3, 5], [6], []]) == 13
+    assert smallest_ring([[5, 3], [9]]) == 11
+    assert smallest_ring([[5, 3], [12]]) == 12
     assert smallest_ring([]) == 0
     Pipeline([[3, 5], [6], []], [set()] * 3, 13)
     with pytest.raises(EngineError, match="needs 13 bytes, it has 12"):
@@ -344,7 +346,7 @@ def test_a_resident_load_in_use_is_given_back_after_its_visit():
 
 
 def test_a_resident_load_that_the_window_cannot_hold_is_kept():
-    world = World([[10], [3]], [{0}, set()], 19)
+    world = World([[10], [3]], [{0}, set()], 9)
     world.compute(0, lambda _: 0)
     world.compute(1, lambda _: 0)
     assert not world.pipeline.can_evict(0, 0)

@@ -179,20 +179,20 @@ def test_as_many_agents_as_reach_a_good_rate(make_problem):
     assert plan_for(problem, 20 * MIB, num_agents=4).num_agents == 4
     assert plan_for(problem, 40 * MIB, num_agents=16).num_agents == 16
     # Where only one buffer fits beside the smallest window, one agent it is.
-    assert plan_for(problem, MARGIN + 3 * MIB).num_agents == 1
+    assert plan_for(problem, MARGIN + 2 * MIB).num_agents == 1
 
 
 def test_a_small_window_leaves_more_that_stays(make_problem):
     """Bound by the disk, each byte of window costs a byte read again in every pass."""
     problem = make_problem([([10 * MIB], 0.0, 0.0)] * 10, num_passes=20)
     plan = plan_for(problem, MARGIN + 60 * MIB)
-    assert plan.ring_bytes == 20 * MIB
-    assert plan.resident_bytes == 40 * MIB
+    assert plan.ring_bytes == 10 * MIB
+    assert plan.resident_bytes == 50 * MIB
     assert plan.bound == "disk"
-    assert plan.bound_seconds == pytest.approx(60 * MIB / 100.0)
+    assert plan.bound_seconds == pytest.approx(50 * MIB / 100.0)
 
 
 def test_a_cgroup_below_the_budget_is_named(make_problem):
     problem = make_problem([([MIB], 0.0, 0.0)] * 8)
-    with pytest.raises(BudgetError, match=r"cgroup's limit of 6 MiB is below the 7 MiB .* raise the limit"):
-        make_plan(problem, budget_bytes=100 * MIB, limit_bytes=6 * MIB, margin_bytes=MARGIN)
+    with pytest.raises(BudgetError, match=r"cgroup's limit of 5 MiB is below the 6 MiB .* raise the limit"):
+        make_plan(problem, budget_bytes=100 * MIB, limit_bytes=5 * MIB, margin_bytes=MARGIN)

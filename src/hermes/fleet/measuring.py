@@ -75,6 +75,7 @@ def measure_candidate(
                     ).result()
                     again = prepared.problem(crowded, factory_of(prepared), floor_bytes=0)
                     crowding = max(1.0, _seconds(again) / _seconds(problem))
+            pool.submit(trim_heap).result()  # of the heap that measuring threads share, or the floor would count it
     else:
         problem = prepared.problem(known, factory_of(prepared), floor_bytes=0)
     activation_bytes = problem.heap_bytes - HEAP_SLACK_BYTES

@@ -25,9 +25,9 @@ __all__ = [
 Window = tuple[str, float]
 """Granularity, and bytes in smallest windows."""
 WINDOWS: tuple[Window, ...] = (
-    ("leaf", 1.0), ("leaf", 1.5), ("leaf", 2.0), ("leaf", 3.0), ("half", 1.0), ("layer", 1.0)
+    ("leaf", 1.0), ("leaf", 1.5), ("leaf", 2.0), ("leaf", 3.0), ("leaf", 4.0), ("leaf", 6.0), ("half", 1.0), ("layer", 1.0)
 )  # fmt: skip
-TRIED_ALONE: tuple[Window, ...] = (("leaf", 1.0), ("leaf", 2.0), ("leaf", 4.0))
+TRIED_ALONE: tuple[Window, ...] = (("leaf", 1.0), ("leaf", 2.0), ("leaf", 4.0), ("leaf", 8.0))
 WORTH_WINDOW = 0.995
 """A larger one must bring that: what it holds is read again in each pass."""
 STEPS = 6
@@ -37,7 +37,7 @@ AS_FAST = 0.9
 REST = "the others"
 MOST_KEPT = 12
 """Blocks that may stay for the sake of a smaller window."""
-SMALLEST_RING_BYTES = 16 * 2**20
+SMALLEST_RING_BYTES = 8 * 2**20
 """In less, reads get so short that each one's own cost shows."""
 
 

@@ -19,6 +19,10 @@ _NUM_ARENAS = 2
 _THRESHOLD_BYTES = 1 << 24
 _LARGEST_THRESHOLD_BYTES = 1 << 25
 """glibc takes no larger one for blocks of their own."""
+_PROBE_BYTES = 1 << 17
+"""From 64 KiB on, glibc looks at the end of the heap when they are freed."""
+
+_trim_threshold = 1 << 17  # glibc's own
 
 
 def keep_heap_tight() -> bool:
@@ -29,9 +33,7 @@ def keep_heap_tight() -> bool:
     buffers are used again by the next block, because taking them anew would cost a page fault for each 4 KiB (an eighth
     of a pass of BERT-large). Call before threads start and before the first large buffer; again changes nothing.
     """
-    return _set(
-        (_M_ARENA_MAX, _NUM_ARENAS), (_M_MMAP_THRESHOLD, _THRESHOLD_BYTES), (_M_TRIM_THRESHOLD, _THRESHOLD_BYTES)
-    )
+    return _set((_M_ARENA_MAX, _NUM_ARENAS)) and _hold(_THRESHOLD_BYTES)
 
 
 def hold_heap(nbytes: int) -> bool:
@@ -40,9 +42,7 @@ def hold_heap(nbytes: int) -> bool:
     A large batch frees and takes buffers of 10 to 30 MiB at every operation: given back each time, they cost BERT-large
     a fifth of a pass over 2,000 tokens in page faults. Less than `keep_heap_tight` leaves is not asked for.
     """
-    if nbytes <= _THRESHOLD_BYTES:
-        return True
-    return _set((_M_MMAP_THRESHOLD, min(nbytes, _LARGEST_THRESHOLD_BYTES)), (_M_TRIM_THRESHOLD, min(nbytes, 2**31 - 1)))
+    return nbytes <= _THRESHOLD_BYTES or _hold(min(nbytes, 2**31 - 1))
 
 
 def grow_heap(nbytes: int) -> bool:
@@ -66,13 +66,22 @@ def grow_heap(nbytes: int) -> bool:
 
 
 def trim_heap() -> bool:
-    """Give free heap pages back to the kernel; True if any were. Walks the whole heap (milliseconds): not per block."""
+    """Give free heap pages back to the kernel; True if any were. Walks the whole heap (milliseconds): not per block.
+
+    malloc_trim leaves the end of every thread's heap but the first one's. Of the calling thread's, that goes too: after
+    CNNs were measured in a thread, 30 to 60 MiB.
+    """
     try:
-        malloc_trim = ctypes.CDLL(None).malloc_trim
+        libc = ctypes.CDLL(None)
+        malloc_trim, malloc, free = libc.malloc_trim, libc.malloc, libc.free
     except (AttributeError, OSError, TypeError):
         return False
-    malloc_trim.argtypes = (ctypes.c_size_t,)
-    malloc_trim.restype = ctypes.c_int
+    malloc_trim.argtypes, malloc_trim.restype = (ctypes.c_size_t,), ctypes.c_int
+    malloc.argtypes, malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
+    free.argtypes = (ctypes.c_void_p,)
+    if _set((_M_TRIM_THRESHOLD, 0)):  # of no other use here: the end of a heap goes where something is freed before it
+        free(malloc(_PROBE_BYTES))
+        _set((_M_TRIM_THRESHOLD, _trim_threshold))
     return bool(malloc_trim(0) == 1)
 
 
@@ -87,6 +96,13 @@ def put_off_collections() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def _hold(nbytes: int) -> bool:
+    """Let so many free bytes stay at the end of each heap, and take blocks below that from heaps as far as may be."""
+    global _trim_threshold
+    _trim_threshold = nbytes
+    return _set((_M_MMAP_THRESHOLD, min(nbytes, _LARGEST_THRESHOLD_BYTES)), (_M_TRIM_THRESHOLD, nbytes))
 
 
 def _set(*settings: tuple[int, int]) -> bool:

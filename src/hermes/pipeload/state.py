@@ -30,12 +30,14 @@ __all__ = ["Pipeline", "smallest_ring"]
 
 
 def smallest_ring(blocks: Iterable[Sequence[int]]) -> int:
-    """Fewest ring bytes with which no order of visits can deadlock: the largest block, and once more its largest load.
+    """Fewest ring bytes with which no order of visits can deadlock: the largest block, and a load of it once more.
 
-    One block is held at a time, so the wanted block has the ring to itself at worst; the second term is what can be
-    skipped at the ring's end. `blocks` gives the slot bytes of each load that a block streams.
+    One block is held at a time, so the wanted block has the ring to itself at worst. Its loads lie one behind the other
+    from where the first one was put; one that does not fit behind them begins at 0, and what is skipped at the end is
+    smaller than that load. The first one is never it: in a ring that has become empty it lies at 0. So a block of one
+    load needs no more than that load. `blocks` gives the slot bytes of each load that a block streams, in order.
     """
-    return max((sum(loads) + max(loads) for loads in blocks if loads), default=0)
+    return max((sum(loads) + max(loads[1:], default=0) for loads in blocks if loads), default=0)
 
 
 class _Visit:
@@ -146,7 +148,7 @@ class Pipeline:
         """Whether this load is resident, and the window would hold the block if it streamed it too."""
         if load not in self._resident[block]:
             return False
-        return smallest_ring([[*self._streamed(block), self._slot_bytes[block][load]]]) <= self._ring.capacity_bytes
+        return smallest_ring([self._streamed(block, load)]) <= self._ring.capacity_bytes
 
     def can_keep(self, block: int, load: int) -> bool:
         """Whether this load streams, and no visit that began while it was resident still looks at its old place."""
@@ -170,8 +172,10 @@ class Pipeline:
         """The window."""
         return self._ring
 
-    def _streamed(self, block: int) -> list[int]:
-        return [n for load, n in enumerate(self._slot_bytes[block]) if load not in self._resident[block]]
+    def _streamed(self, block: int, evicted: int | None = None) -> list[int]:
+        """Slot bytes of the loads that are not resident, or would not be any more, in order."""
+        kept = self._resident[block]
+        return [n for load, n in enumerate(self._slot_bytes[block]) if load not in kept or load == evicted]
 
     def _is_foreseen(self, block: int) -> bool:
         for visit in reversed(self._queue):

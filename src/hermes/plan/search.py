@@ -19,10 +19,8 @@ GOOD_ENOUGH = 0.7
 SMALLEST_PIECE_BYTES = 2**20
 WORTH_CHANGING = 0.99
 """A larger window or block must be so much faster: small ones leave more in the processor's caches."""
-WINDOW_LADDER = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-"""Windows that are tried, in smallest windows."""
-
-
+WINDOW_LADDER = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+"""Windows that are tried, in smallest windows: of some blocks the smallest holds but one, so that nothing is ahead."""
 PACKED_SHARES = (0.5, 1.0)
 """Of the bytes that may stay, kept packed: where weights are, and where unpacking keeps up with what it saves."""
 

@@ -42,6 +42,7 @@ MEASURED_AGENTS = (1, 2, 4)
 SHORTER = 8
 """A text encoder is also measured on sequences shorter by this factor."""
 ROUNDS = 3
+WINDOW_UNITS = 4
 UNBOUNDED = 2**62
 
 
@@ -212,7 +213,7 @@ def _by_unit(session: Session, num_units: int) -> tuple[list[float], list[float]
 
 
 def _start(prepared: Prepared, num_agents: int, *, sequential: bool, limit_bytes: int = UNBOUNDED) -> Session:
-    """Unit by unit, nothing resident, in the smallest window twice, or once where there is no room for more.
+    """Unit by unit, nothing resident, in a window of four of the largest, or less where there is no room for them.
 
     Raises BudgetError where there is none for that: the system would evict this process's code, and read it back, for
     hours.
@@ -220,10 +221,12 @@ def _start(prepared: Prepared, num_agents: int, *, sequential: bool, limit_bytes
     reader = prepared.reader()
     factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
     blocks, _ = prepared.blocks(factory, "leaf")
-    window_bytes = smallest_ring([[load.slot_bytes for load in block.loads] for block in blocks])
+    slots = [[load.slot_bytes for load in block.loads] for block in blocks]
+    smallest_bytes = smallest_ring(slots)
+    roomy_bytes = WINDOW_UNITS * max(map(sum, slots), default=0)
     limit_bytes = memory_limit(limit_bytes)
     trim_heap()
-    least_bytes = resident_bytes() + prepared.heap_bytes + MARGIN_BYTES + window_bytes
+    least_bytes = resident_bytes() + prepared.heap_bytes + MARGIN_BYTES + smallest_bytes
     if least_bytes > limit_bytes:
         reader.close()
         least_bytes = max(least_bytes, prepared.preparing_bytes)
@@ -238,7 +241,7 @@ def _start(prepared: Prepared, num_agents: int, *, sequential: bool, limit_bytes
         granularity="leaf",
         num_agents=num_agents,
         piece_bytes=PIECE_SIZES[-1],
-        ring_bytes=window_bytes * (2 if least_bytes + window_bytes <= limit_bytes else 1),
+        ring_bytes=max(smallest_bytes, min(roomy_bytes, smallest_bytes + limit_bytes - least_bytes)),
         resident=tuple(frozenset() for _ in blocks),
         resident_bytes=0,
         pass_bytes=0,
