@@ -249,7 +249,6 @@ def fleet_run(weights: Path, *, scenario: str, policy: str, rounds: int, budget_
         "floor_bytes": plan.floor_bytes,
         "heap_bytes": plan.heap_bytes,
         "max_active": plan.max_active,
-        "turn_seconds": plan.turn_seconds,
         "windows": {name: one.ring_bytes for name, one in plan.plans.items()},
         "quotas": dict(plan.quotas),
         "models": {
@@ -257,7 +256,6 @@ def fleet_run(weights: Path, *, scenario: str, policy: str, rounds: int, budget_
                 "latency_seconds": latencies[name],
                 "served_seconds": served[name],
                 "measured_alone_seconds": fleet.candidates[name].compute_seconds,
-                "crowding": fleet.candidates[name].crowding,
                 "bytes_read": one.bytes_read - before[name],
             }
             for name, one in report.models.items()

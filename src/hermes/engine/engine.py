@@ -100,6 +100,8 @@ class Engine:
         self._lock = threading.RLock()
         self._ready = threading.Condition(self._lock)
         self._granted: Compute | None = None
+        self._asked: int | None = None
+        self._on_ready: Callable[[], None] | None = None
         self._error: BaseException | None = None
         self._closed = threading.Event()
         self._pass_start: float | None = None
@@ -191,9 +193,9 @@ class Engine:
         with self._lock:
             self._raise_if_stopped()
             start = self.clock()
-            self._release(start)
-            self._granted = None
-            self._take_in(BlockWanted(block))
+            if self._asked != block:
+                self._ask(block, start)
+            self._asked = None
             while self._granted is None:
                 self._raise_if_stopped()
                 self._ready.wait()
@@ -210,6 +212,18 @@ class Engine:
                 else self._holdings.residents.place(block, number)
                 for number, (load, offset) in enumerate(zip(self._blocks[block], granted.offsets, strict=True))
             )
+
+    def ask(self, block: int, on_ready: Callable[[], None]) -> None:
+        """The first half of `want`, which is to follow: release what is held, and have the block loaded. Never blocks.
+
+        `on_ready` is called once, as soon as `want` would not block: by whichever thread, inside the engine's lock.
+        """
+        with self._lock:
+            self._on_ready = on_ready
+            if not self._is_stopped:
+                self._ask(block, self.clock())
+            if self._is_stopped or self._granted is not None:
+                self._say_ready()
 
     def places(self, block: int) -> tuple[Place, ...]:
         """Where the loads of a block lie that are all resident."""
@@ -293,17 +307,29 @@ class Engine:
         with self._lock:
             self._closed.set()
             self.is_settled = False
-            self._ready.notify_all()
+            self._say_ready()
         self._agents.close()
         self._daemon.close()
         self.ring.close()
         self._holdings.close()
         self._reader.close()
 
+    def _ask(self, block: int, now: float) -> None:
+        self._release(now)
+        self._granted, self._asked = None, block
+        self._take_in(BlockWanted(block))
+
+    def _say_ready(self) -> None:
+        """To whoever wants a block: it is there, or never will be."""
+        self._ready.notify_all()
+        on_ready, self._on_ready = self._on_ready, None
+        if on_ready is not None:
+            on_ready()
+
     def _release(self, now: float) -> None:
         if self.held is not None and self._config.record:
             self.stats.spans.append(Span("inference", f"block {self.held}", self._block_start, now, 0, self.held))
-        self.held = None
+        self.held = self._asked = None
 
     def _unsettle(self) -> None:
         """Something may stream from now on; the block that is computed, which was not wanted, is held from now on."""
@@ -334,7 +360,7 @@ class Engine:
                     tickets.append(self._ticket(order))
                 case Compute():
                     self._granted = order
-                    self._ready.notify_all()
+                    self._say_ready()
                 case Discard():
                     self._holdings.discard(order.block, order.load)
         if tickets:
@@ -379,4 +405,4 @@ class Engine:
         with self._lock:
             self._error = self._error or error
             self.is_settled = False
-            self._ready.notify_all()
+            self._say_ready()

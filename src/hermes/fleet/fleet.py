@@ -11,7 +11,7 @@ from torch import nn
 from hermes.errors import BudgetError, InputError
 from hermes.fleet.disk import DiskTurns
 from hermes.fleet.lanes import Lanes, drop_kernel_threads
-from hermes.fleet.measuring import SCRATCH_SLOTS, SLACK_BYTES, factory_of, measure_candidate, measure_turn
+from hermes.fleet.measuring import SCRATCH_SLOTS, SLACK_BYTES, factory_of, measure_candidate
 from hermes.fleet.members import Candidate
 from hermes.fleet.plan import FleetPlan, plan_fleet
 from hermes.fleet.report import FleetReport, ModelReport, make_report
@@ -86,7 +86,6 @@ class Fleet:
         self._lanes = Lanes()
         self._floor_bytes = 0
         self._codes: dict[str, Code] = {}  # of libraries, what each model's passes use
-        self._turn_seconds = 0.0
         self._changing = threading.RLock()  # one add, remove or start at a time
         self._closed = False
 
@@ -200,7 +199,6 @@ class Fleet:
             if self._plan is None:
                 if not self._candidates:
                     raise InputError("the fleet has no models; add some first")
-                self._turn_seconds = measure_turn() if len(self._candidates) > 1 else 0.0
                 self._floor_bytes = self._measure_floor()
                 self._settle()
             return self.plan
@@ -256,7 +254,7 @@ class Fleet:
             if self._turns is not None:
                 self._turns.drain()
                 self._turns.close()
-            self._lanes.resize(0)
+            self._lanes.close()
             for worker in self._workers.values():
                 worker.cancel()
                 worker.pause()
@@ -313,12 +311,11 @@ class Fleet:
             margin_bytes=MARGIN_BYTES,
             floor_bytes=self._floor_bytes,
             slack_bytes=SLACK_BYTES,
-            turn_seconds=self._turn_seconds,
             policy=self._policy,
             max_active=self._max_active,
         )
         if self._turns is None:
-            self._turns = Turns(plan.policy, max_active=plan.max_active, submit=self._lanes.submit)
+            self._turns = Turns(plan.policy, max_active=plan.max_active, lanes=self._lanes)
             self._disk = DiskTurns(plan.num_reads)
             self._shares = Shares(limit_bytes, MARGIN_BYTES, self._turns, elastic=self._elastic)
         turns, disk, shares = self._running()
@@ -336,7 +333,7 @@ class Fleet:
         shares.watch(self._workers, plan.needs)
         hold_heap(plan.heap_bytes)
         drop_kernel_threads()
-        self._lanes.resize(plan.max_active)
+        self._lanes.open()
         turns.resume(plan.policy, plan.max_active)
 
 

@@ -25,7 +25,8 @@ __all__ = [
 Window = tuple[str, float]
 """Granularity, and bytes in smallest windows."""
 WINDOWS: tuple[Window, ...] = (
-    ("leaf", 1.0), ("leaf", 1.5), ("leaf", 2.0), ("leaf", 3.0), ("leaf", 4.0), ("leaf", 6.0), ("half", 1.0), ("layer", 1.0)
+    ("leaf", 1.0), ("leaf", 1.5), ("leaf", 2.0), ("leaf", 3.0), ("leaf", 4.0), ("leaf", 6.0), ("half", 1.0),
+    ("layer", 1.0),
 )  # fmt: skip
 TRIED_ALONE: tuple[Window, ...] = (("leaf", 1.0), ("leaf", 2.0), ("leaf", 4.0), ("leaf", 8.0))
 WORTH_WINDOW = 0.995
@@ -49,7 +50,6 @@ class Candidate:
         problem: its costs.
         activation_bytes: what a request holds besides weights while it is under way.
         scratch_bytes: what computing a block takes besides; of one model at a time.
-        crowding: how much longer it computes where several requests are under way, each on a thread of its own.
         importance: weight when bytes are shared out; and its requests are due sooner by this factor.
         deadline_seconds: after arrival; None: by importance.
     """
@@ -57,7 +57,6 @@ class Candidate:
     problem: Problem
     activation_bytes: int
     scratch_bytes: int = 0
-    crowding: float = 1.0
     importance: float = 1.0
     deadline_seconds: float | None = None
 
@@ -105,7 +104,7 @@ def need_of(problem: Problem, window: Window) -> Need:
 
 
 def make_member(
-    candidate: Candidate, quota_bytes: int, window: Window, rate: float, *, patience_seconds: float, slowdown: float
+    candidate: Candidate, quota_bytes: int, window: Window, rate: float, *, patience_seconds: float
 ) -> Member:
     """The model with this quota, which is its least or more.
 
@@ -119,7 +118,7 @@ def make_member(
     free = quota_bytes - fixed
     in_pass = problem.num_in_pass or len(problem.units)
     groups = [block for block in problem.groups[window[0]] if block[0] < in_pass]
-    seconds = [slowdown * sum(problem.units[unit].next_seconds for unit in block) for block in groups]
+    seconds = [sum(problem.units[unit].next_seconds for unit in block) for block in groups]
     if free >= total:
         ring = _Ring(kept=frozenset(), kept_bytes=total, ring_bytes=0)  # without a window nothing can be lent
         resident = spread(slots, total)
@@ -191,7 +190,7 @@ def _curve(candidate: Candidate, others: Member, rate: float) -> list[Worth]:
         best: tuple[float, Window] | None = None
         for window in TRIED_ALONE:
             if need_of(candidate.problem, window).least_bytes <= quota:
-                member = make_member(candidate, quota, window, rate, patience_seconds=1.0, slowdown=1.0)
+                member = make_member(candidate, quota, window, rate, patience_seconds=1.0)
                 seconds = _seconds(member, others, rate)
                 if best is None or seconds < WORTH_WINDOW * best[0]:
                     best = (seconds, window)

@@ -31,8 +31,6 @@ TILTS = (0.0, 1.0, -0.5)
 PIECE_BYTES = 2**20
 """Reads are multiples of it; two for each agent should fit the window."""
 WORTH_SWITCHING = 0.98
-WORTH_CROWDING = 0.95
-"""The same for more requests at once: what company costs is measured least well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,6 @@ class FleetPlan:
         plans: each model's own, within its quota.
         members: the same for predictions.
         bytes_per_second: of the disk.
-        turn_seconds: that it costs when another model's thread computes next.
         num_reads: at a time.
         round_seconds: predicted of a steady round, one request of each model, for each policy that was tried.
         bound_seconds: of such a round: what computing takes, or reading what must be read again; the longer.
@@ -67,7 +64,6 @@ class FleetPlan:
     plans: Mapping[str, Plan]
     members: Mapping[str, Member]
     bytes_per_second: float
-    turn_seconds: float
     num_reads: int
     round_seconds: Mapping[Policy, float]
     bound_seconds: float
@@ -80,7 +76,6 @@ class FleetPlan:
             self.bytes_per_second,
             policy=policy or self.policy,
             max_active=self.max_active,
-            turn_seconds=self.turn_seconds,
         )
 
 
@@ -111,7 +106,6 @@ def plan_fleet(
     margin_bytes: int,
     floor_bytes: int,
     slack_bytes: int,
-    turn_seconds: float = 0.0,
     policy: Policy | None = None,
     max_active: int | None = None,
 ) -> FleetPlan:
@@ -124,7 +118,6 @@ def plan_fleet(
         margin_bytes: part of the limit that is not planned with.
         floor_bytes: the process before any weight.
         slack_bytes: of heap, besides activations.
-        turn_seconds: lost whenever another model's thread computes next.
         policy: of the turns, else the better one.
         max_active: requests under way at once, else what is best.
 
@@ -141,10 +134,8 @@ def plan_fleet(
     def take(way: _Way, shares: Mapping[str, tuple[int, Window]] | None) -> None:
         nonlocal best
         if shares is not None:
-            tried = _try(candidates, way, shares, rate, turn_seconds)
-            if best is None or tried.seconds < best.seconds * (
-                WORTH_SWITCHING if way.max_active <= best.way.max_active else WORTH_CROWDING
-            ):
+            tried = _try(candidates, way, shares, rate)
+            if best is None or tried.seconds < WORTH_SWITCHING * best.seconds:
                 best = tried
 
     for way in ways:
@@ -160,9 +151,7 @@ def plan_fleet(
         curves = worth(candidates, quotas, rate)
         for way in ways:
             take(way, cheapest(candidates, curves, way.weight_bytes))
-    return _finish(
-        candidates, best, budget_bytes, limit_bytes, floor_bytes, slack_bytes, rate, turn_seconds, bandwidth, policy
-    )
+    return _finish(candidates, best, budget_bytes, limit_bytes, floor_bytes, slack_bytes, rate, bandwidth, policy)
 
 
 def _ways(
@@ -215,7 +204,6 @@ def _try(
     way: _Way,
     shares: Mapping[str, tuple[int, Window]],
     rate: float,
-    turn_seconds: float,
 ) -> _Tried:
     """Predict it; what bytes the shares leave go to all alike first."""
     needs = {name: need_of(candidates[name].problem, window) for name, (_, window) in shares.items()}
@@ -226,8 +214,6 @@ def _try(
     room = {name: float(need.most_bytes - need.least_bytes) for name, need in wanted.items()}
     quotas = divide(way.weight_bytes, wanted, room)
     everyone = sum(one.compute_seconds for one in candidates.values())
-    # Of all together: the figure of each is a difference of two small ones.
-    crowding = sum(one.crowding * one.compute_seconds for one in candidates.values()) / max(everyone, 1e-9)
     members = {
         name: make_member(
             candidate,
@@ -235,7 +221,6 @@ def _try(
             shares[name][1],
             rate,
             patience_seconds=candidate.deadline_seconds or everyone / candidate.importance,
-            slowdown=crowding if way.max_active > 1 else 1.0,
         )
         for name, candidate in candidates.items()
     }
@@ -245,7 +230,6 @@ def _try(
         rate,
         policy=way.policy,
         max_active=way.max_active,
-        turn_seconds=turn_seconds,
     )
     return _Tried(
         way=way,
@@ -281,7 +265,6 @@ def _finish(
     floor_bytes: int,
     slack_bytes: int,
     rate: float,
-    turn_seconds: float,
     bandwidth: Bandwidth,
     policy: Policy | None,
 ) -> FleetPlan:
@@ -298,7 +281,6 @@ def _finish(
                 rate,
                 policy=one,
                 max_active=best.way.max_active,
-                turn_seconds=turn_seconds,
             )
             for rounds in (ROUNDS, 2 * ROUNDS)
         )
@@ -322,7 +304,6 @@ def _finish(
         plans=plans,
         members=best.members,
         bytes_per_second=rate,
-        turn_seconds=turn_seconds,
         num_reads=bandwidth.num_agents,
         round_seconds=seconds,
         bound_seconds=max(reading, sum(candidate.compute_seconds for candidate in candidates.values())),

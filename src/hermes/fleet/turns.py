@@ -1,13 +1,12 @@
-"""The schedule's threads: where each model's own waits for its turn, and what a model pulls its blocks through."""
+"""The schedule under a lock, with the requests that it lets compute; and what a model pulls its blocks through."""
 
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError
 
 from hermes.engine import Engine
+from hermes.fleet.lanes import Lanes
 from hermes.fleet.schedule import (
-    Admit,
     Arrived,
     Changed,
     Event,
@@ -27,14 +26,14 @@ __all__ = ["TurnSource", "Turns"]
 
 
 class Turns:
-    """`Schedule` under a lock. Each method is one event; `take` blocks until it is that model's turn.
+    """`Schedule` under a lock. Each method is one event, from any thread; turns are given out on `lanes`.
 
     The lock is held for microseconds, never over a read or a computation.
 
     Args:
         policy: as the schedule's.
         max_active: likewise.
-        submit: given what a model has joined with, once for each of its requests, when that may begin.
+        lanes: where models compute.
         clock: of arrivals and deadlines.
 
     Attributes:
@@ -46,21 +45,20 @@ class Turns:
         policy: Policy,
         *,
         max_active: int,
-        submit: Callable[[Callable[[], None]], None],
+        lanes: Lanes,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.clock = clock
         self.is_one_at_a_time = max_active == 1
-        self._submit = submit
+        self._lanes = lanes
         self._serve: dict[str, Callable[[], None]] = {}
         self._schedule = Schedule(policy, max_active=max_active)
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
-        self._turns: dict[str, threading.Semaphore] = {}
         self._closed = False
 
     def join(self, model: str, patience_seconds: float, serve: Callable[[], None]) -> None:
-        """A model has come, whose requests `serve` answers one by one. Raises InputError if its name is taken."""
+        """A model has come; `serve` answers one request, and raises nothing. Raises InputError if its name is taken."""
         self._serve[model] = serve
         self._tell(Joined(model, patience_seconds))
 
@@ -74,24 +72,24 @@ class Turns:
         self._tell(Arrived(model, now, None if deadline_seconds is None else now + deadline_seconds))
 
     def reached(self, model: str, *, ready: bool) -> None:
-        """Give the turn up, at a block boundary."""
+        """Give the turn up, at a block boundary; `stand_by` follows."""
         self._tell(Reached(model, ready))
 
     def ready(self, model: str) -> None:
-        """The block that was waited for is there; `take` follows."""
+        """The block that is waited for is there."""
         self._tell(Ready(model))
 
     def finished(self, model: str) -> None:
-        """Give the turn up: the request is answered."""
+        """Give the turn up: the request is answered, and `serve` about to return."""
         self._tell(Finished(model))
 
-    def take(self, model: str) -> None:
-        """Wait for the turn. Raises CancelledError once closed."""
-        semaphore = self._semaphore(model)
-        semaphore.acquire()
-        if self._closed:
-            semaphore.release()  # for the next who comes
-            raise CancelledError(f"{model}: the fleet was closed")
+    def may_give_up(self) -> bool:
+        """Within a turn: whether a request could go before this one, and would compute as it does alone."""
+        return not self.is_one_at_a_time and self._lanes.may_wait()
+
+    def stand_by(self) -> None:
+        """Let others compute until the turn, which was given up, comes back."""
+        self._lanes.wait()
 
     def urgency(self, model: str) -> float:
         """As in `Schedule`; without the lock, for whoever may be a moment late."""
@@ -121,16 +119,10 @@ class Turns:
         self._tell(Changed(policy, max_active))
 
     def close(self) -> None:
-        """Let every `take`, under way or to come, raise."""
+        """Give no more turns. After `drain`."""
         with self._lock:
             self._closed = True
             self._ended.notify_all()
-            for semaphore in self._turns.values():
-                semaphore.release()
-
-    def _semaphore(self, model: str) -> threading.Semaphore:
-        with self._lock:
-            return self._turns.setdefault(model, threading.Semaphore(int(self._closed)))
 
     def _tell(self, event: Event) -> None:
         with self._lock:
@@ -139,11 +131,8 @@ class Turns:
             orders = self._schedule.on(event)
             self._ended.notify_all()
             for order in orders:
-                match order:
-                    case Admit(model):
-                        self._submit(self._serve[model])
-                    case Go(model):
-                        self._turns.setdefault(model, threading.Semaphore(0)).release()
+                if isinstance(order, Go):  # one that is admitted begins with its first turn
+                    self._lanes.go(order.model, self._serve[order.model])
 
 
 class TurnSource(EngineSource):
@@ -163,16 +152,11 @@ class TurnSource(EngineSource):
 
     def want(self, block: int) -> tuple[Place, ...]:
         """As the engine's; returns when the block is there and it is this model's turn."""
-        if self._turns.is_one_at_a_time:
-            return self._engine.want(block)
-        self._engine.release()
-        if self._engine.is_there(block):
-            self._turns.reached(self._model, ready=True)
-            self._turns.take(self._model)
-            return self._engine.want(block)
-        self._turns.reached(self._model, ready=False)
-        try:
-            return self._engine.want(block)
-        finally:  # after an error too: the turn is given up where the request ends
-            self._turns.ready(self._model)
-            self._turns.take(self._model)
+        if self._turns.may_give_up():
+            self._engine.release()
+            is_there = self._engine.is_there(block)
+            self._turns.reached(self._model, ready=is_there)
+            if not is_there:
+                self._engine.ask(block, lambda: self._turns.ready(self._model))
+            self._turns.stand_by()
+        return self._engine.want(block)

@@ -42,7 +42,7 @@ class _Job:
 class Worker:
     """Runs one model. `submit` from any thread; `start` and `pause` while no request is under way (`Turns.drain`).
 
-    `Turns` has `serve` called once for each request that was submitted, one at a time.
+    `Turns` has `serve` called once for each request that was submitted, one at a time, when it is its turn.
 
     What a request raises goes to its future, and the model goes on. Where its engine has failed (a file that cannot be
     read), its memory is given back, `failure` says why, and every further request gets that error.
@@ -92,17 +92,12 @@ class Worker:
                 self._jobs.get_nowait().future.set_exception(CancelledError(f"{self.name}: the fleet was closed"))
 
     def serve(self) -> None:
-        """Answer the oldest request, which has been admitted. Raises nothing: what it raises is its answer."""
+        """Answer the oldest request. Raises nothing: what the request raises is its answer."""
         self._answer(self._jobs.get())
 
     def _answer(self, job: _Job) -> None:
         result: Any = None
         error: BaseException | None = None
-        try:
-            self._turns.take(self.name)
-        except CancelledError as cancelled:
-            job.future.set_exception(cancelled)
-            return
         began = self._turns.clock()
         try:
             if self.failure is not None:
