@@ -144,7 +144,7 @@ class DaemonAgent:
         lock: the engine's; held while a sample is taken and acted on.
         holdings: what may be given back.
         ledger: the budget.
-        config: the limit; without one nothing is watched but for the record.
+        config: the limit; without one somebody else watches, and there is a thread for the record alone.
         stats: memory goes there if the run is recorded.
         on_error: told what stopped this agent.
     """
@@ -170,7 +170,8 @@ class DaemonAgent:
         self._working_set = WorkingSet()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hermes-daemon", daemon=True)
-        self._thread.start()
+        if config.limit_bytes is not None or config.record:
+            self._thread.start()
 
     def balance(self, faults_per_second: float = 0.0) -> None:
         """Give free heap back, then weights as far as needed. Raises BudgetError when that is not enough."""
@@ -190,7 +191,7 @@ class DaemonAgent:
     def close(self) -> None:
         """Stop and, from any other thread, join."""
         self._closed.set()
-        if threading.current_thread() is not self._thread:
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self) -> None:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Mapping
 
-from hermes.engine.daemon import WATCH_SECONDS, MemorySample, WorkingSet, bytes_to_give_back
+from hermes.engine.daemon import WATCH_SECONDS, MemorySample, ThrashWatch, WorkingSet, bytes_to_give_back
 from hermes.errors import HermesError
 from hermes.fleet.quota import Need, lend
 from hermes.fleet.turns import Turns
@@ -105,10 +105,12 @@ class Shares:
         self._daemon.join()
 
     def _watch(self) -> None:
+        thrash = ThrashWatch(self._turns.clock)
         while not self._closed.wait(WATCH_SECONDS):
+            rate = thrash()
             with self._lock:
                 if self._workers:
-                    self._relieve()
+                    self._relieve(rate)
                     if self._elastic:
                         self._lend()
 
@@ -138,10 +140,12 @@ class Shares:
         except HermesError:  # it fails just now, and its own thread will say so
             self.ledger.reserve(account, granted)
 
-    def _relieve(self) -> None:
-        """Where the process outgrows its budget, the model that keeps most for its importance gives bytes back."""
+    def _relieve(self, faults_per_second: float) -> None:
+        """Where the process outgrows its budget, or thrashes, the model that could spare most gives bytes back."""
         needed = self._working_set.trimmed(self._watched_bytes)
-        excess = bytes_to_give_back(MemorySample(needed_bytes=needed, limit_bytes=self._watched_bytes))
+        excess = bytes_to_give_back(
+            MemorySample(needed_bytes=needed, limit_bytes=self._watched_bytes, faults_per_second=faults_per_second)
+        )
         if not excess:
             return
         spare = {
