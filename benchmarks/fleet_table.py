@@ -5,6 +5,7 @@ import statistics
 __all__ = ["markdown"]
 
 MIB = 2**20
+FREE = "free"
 PAPER = {"self-driving": "57 to 83 %", "road-side unit": "63 to 79 %", "UAV": "64 to 75 %"}
 """SwapNet's memory reduction per model."""
 
@@ -38,14 +39,14 @@ def markdown(document: dict) -> str:
 
 
 def _scenario(scenario: str, reference: dict, rows: list[dict]) -> list[str]:
-    demand, names = reference["demand_bytes"], list(reference["weight_bytes"])
-    resident = reference["resident"]
+    probe, resident = reference["probe"], reference["resident"]
+    demand, names = probe["demand_bytes"], list(probe["weight_bytes"])
     lines = [
         f"## {scenario}",
         "",
-        f"Demand {demand / MIB:.0f} MiB (weights {sum(reference['weight_bytes'].values()) / MIB:.0f}, a request of "
-        f"each {sum(reference['activation_bytes'].values()) / MIB:.0f}), floor "
-        f"{reference['floor_bytes'] / MIB:.0f} MiB. "
+        f"Demand {demand / MIB:.0f} MiB (weights {sum(probe['weight_bytes'].values()) / MIB:.0f}, a request of "
+        f"each {sum(probe['activation_bytes'].values()) / MIB:.0f}), floor "
+        f"{probe['floor_bytes'] / MIB:.0f} MiB. "
         f"Resident: {resident['requests']} requests in {resident['seconds']:.1f} s{_disturbed(resident)}.",
         "",
         "| cap, MiB (of demand) | policy, at once | requests | identical | OOM kills | peak, MiB (of cap + floor) "
@@ -54,6 +55,7 @@ def _scenario(scenario: str, reference: dict, rows: list[dict]) -> list[str]:
     ]
     for row in rows:
         cap = f"{row['cap_bytes'] / MIB:.0f} ({row['cap_bytes'] / demand:.0%}{', SwapNet' * (row['cap'] == 'paper')})"
+        cap += "" if row["disk"] == FREE else f", disk {row['disk']} MB/s"
         if "error" in row:
             lines.append(f"| {cap} | {row['policy']} | {row['error']} | | | {row['oom_kills']} | | | | | | |")
             continue
@@ -76,27 +78,9 @@ def _scenario(scenario: str, reference: dict, rows: list[dict]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     fine = [row for row in rows if "error" not in row]
-    lines += ["", *_latencies(reference, fine, names), "", *_memory(scenario, reference, fine, names), ""]
-    return [*lines, *_alternatives(reference, fine), *_beside(reference), ""]
-
-
-def _beside(reference: dict) -> list[str]:
-    """What reading takes of cores that compute all the time."""
-    found = reference.get("beside")
-    if found is None:
-        return []
-    alone = min(found["round_seconds"]["0"])
-    cells = [
-        f"{min(seconds) / alone - 1:+.1%} in pieces of {int(piece) // MIB} MiB"
-        for piece, seconds in found["round_seconds"].items()
-        if piece != "0"
-    ]
-    return [
-        "",
-        f"Reading hides behind computing, but not from the cores: resident modules beside a thread that only reads "
-        f"{found['read_bytes'] / MIB:.0f} MiB a round, what has no room under SwapNet's cap, take {', '.join(cells)} "
-        f"longer (fastest of ten rounds each){_disturbed(found)}.",
-    ]
+    free = [row for row in fine if row["disk"] == FREE]
+    lines += ["", *_latencies(reference, free, names), "", *_memory(scenario, reference, free, names), ""]
+    return [*lines, *_alternatives(reference, fine), ""]
 
 
 def _latencies(reference: dict, rows: list[dict], names: list[str]) -> list[str]:
@@ -122,47 +106,47 @@ def _latencies(reference: dict, rows: list[dict], names: list[str]) -> list[str]
 
 def _memory(scenario: str, reference: dict, rows: list[dict], names: list[str]) -> list[str]:
     """Held by each model against what it is, and what the cap allows."""
+    probe, plain = reference["probe"], reference["plain_bytes"]
     lines = [
-        "Memory that a model does not hold, of its weights and a request's activations (SwapNet, against its plain",
-        f"runs: {PAPER[scenario]}); *all* follows from the cap alone.",
+        "Memory that a model does not hold, of its weights and a request's activations; in brackets, of what its",
+        f"plain run takes at its peak, as SwapNet counts ({PAPER[scenario]}): module made, file loaded, request",
+        f"answered ({', '.join(f'{nbytes / MIB:.0f}' for nbytes in plain)} MiB). *All* follows from the cap alone.",
         "",
         "| cap | " + " | ".join(names) + " | all |",
         "|---" * (len(names) + 2) + "|",
     ]
     for row in rows:
         cells = []
-        for name in names:
-            needed = reference["weight_bytes"][name] + reference["activation_bytes"][name]
-            held = min(row["quotas"][name], reference["weight_bytes"][name]) + reference["activation_bytes"][name]
-            cells.append(f"{1 - held / needed:.0%}")
-        allowed = max(0.0, 1 - row["cap_bytes"] / reference["demand_bytes"])
-        lines.append(f"| {_head(row)} | " + " | ".join(cells) + f" | {allowed:.0%} |")
+        for name, plain_bytes in zip(names, plain, strict=True):
+            weights, activations = probe["weight_bytes"][name], probe["activation_bytes"][name]
+            held = min(row["quotas"][name], weights) + activations
+            cells.append(f"{1 - held / (weights + activations):.0%} ({1 - held / plain_bytes:.0%})")
+        allowed = max(0.0, 1 - row["cap_bytes"] / probe["demand_bytes"])
+        everything = max(0.0, 1 - row["cap_bytes"] / sum(plain))
+        lines.append(f"| {_head(row)} | " + " | ".join(cells) + f" | {allowed:.0%} ({everything:.0%}) |")
     return lines
 
 
 def _alternatives(reference: dict, rows: list[dict]) -> list[str]:
-    rates = [row["requests"] / row["seconds"] for row in rows if row["cap"] == "paper"]
     resident = reference["resident"]["requests"] / reference["resident"]["seconds"]
     lines = []
     for key, what in (
-        (
-            "reload",
-            "Each model loaded anew for each request (safetensors, plain modules), in the cgroup of SwapNet's cap",
-        ),
-        ("accelerate", "Each model in accelerate's disk offload, its files written before, in the same cgroup"),
+        ("reload", "Each model loaded anew for each request (safetensors, plain modules)"),
+        ("accelerate", "Each model in accelerate's disk offload, its files written before"),
     ):
-        other = reference.get(key)
-        if other is None or not rates:
-            continue
-        if "error" in other:
-            lines.append(f"{what}: {other['error']}.")
-            continue
-        rate = other["requests"] / other["seconds"]
-        lines.append(
-            f"{what}: {rate:.2f} requests a second{_disturbed(other)}; the better "
-            f"policy {max(rates):.2f}, {max(rates) / rate:.1f} times as many. All resident, without a cap: "
-            f"{resident:.2f}, {resident / rate:.1f} times: what computing alone allows."
-        )
+        for disk, other in reference.get(key, {}).items():
+            where = f"{what}, in the cgroup of SwapNet's cap{'' if disk == FREE else f', disk {disk} MB/s'}"
+            rates = [row["requests"] / row["seconds"] for row in rows if (row["cap"], row["disk"]) == ("paper", disk)]
+            if "error" in other:
+                lines += [f"{where}: {other['error']}.", ""]
+            elif rates:
+                rate = other["requests"] / other["seconds"]
+                lines += [
+                    f"{where}: {rate:.2f} requests a second{_disturbed(other)}; the better policy {max(rates):.2f}, "
+                    f"{max(rates) / rate:.1f} times as many. All resident, without a cap: {resident:.2f}, "
+                    f"{resident / rate:.1f} times: what computing alone allows.",
+                    "",
+                ]
     return lines
 
 
@@ -193,9 +177,9 @@ def _resident_seconds(reference: dict, row: dict) -> float:
 
 
 def _bound_seconds(reference: dict, row: dict) -> float:
-    rounds = row["requests"] / len(reference["weight_bytes"])
-    room = row["cap_bytes"] - max(reference["activation_bytes"].values())
-    again = max(0, sum(reference["weight_bytes"].values()) - room)
+    weight_bytes, activation_bytes = (reference["probe"][key].values() for key in ("weight_bytes", "activation_bytes"))
+    rounds = row["requests"] / len(weight_bytes)
+    again = max(0, sum(weight_bytes) - row["cap_bytes"] + max(activation_bytes))
     return max(_resident_seconds(reference, row), rounds * again / row["bytes_per_second"])
 
 

@@ -52,11 +52,14 @@ def measure_candidate(
             pool.submit(trim_heap).result()  # of the heap that measuring threads share, or the floor would count it
     problem = prepared.problem(known, factory_of(prepared), floor_bytes=0)
     activation_bytes = problem.heap_bytes - HEAP_SLACK_BYTES
-    scratch_bytes = max(0, heap.nbytes - activation_bytes)
     if prepared.known is not None:
         scratch_bytes = HEAP_SLACK_BYTES - SLACK_BYTES
     elif not heap.nbytes:
         scratch_bytes = SCRATCH_SLOTS * max((sum(unit.slot_bytes) for unit in problem.units), default=0)
+    else:  # live tensors, which stay while others compute; holes and kernels' copies by looking, not by a factor
+        if prepared.trace is not None:
+            activation_bytes = min(activation_bytes, prepared.trace.peak_bytes)
+        scratch_bytes = max(0, heap.nbytes - activation_bytes)
     return Candidate(
         problem=replace(problem, heap_bytes=0),
         activation_bytes=activation_bytes,
