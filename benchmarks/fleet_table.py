@@ -21,7 +21,8 @@ def markdown(document: dict) -> str:
         "loop; each client's first three requests come before the clock. Random weights in the published shapes: 224",
         "pixels a side, YOLOv3 320. Raw samples are in [fleet.json](fleet.json).",
         "",
-        "- *Overhead*: against the same requests through plain resident modules, one after the other in one thread.",
+        "- *Overhead*: against the same requests through plain resident modules, one after the other in one thread, as",
+        "  they were answered before and after the run.",
         "- *Bound*: that resident makespan, or where it is longer the time to read what has no room under the cap",
         "  beside one request's activations, at the disk's measured rate: no schedule is faster.",
         "- *At once*: requests under way. SwapNet's rotation goes block by block round all models, as many as fit.",
@@ -173,7 +174,7 @@ def _delays(delays: dict) -> list[str]:
 
 
 def _resident_seconds(reference: dict, row: dict) -> float:
-    return reference["resident"]["seconds"] / reference["resident"]["requests"] * row["requests"]
+    return statistics.mean(row["resident_round_seconds"]) * row["requests"] / len(reference["probe"]["weight_bytes"])
 
 
 def _bound_seconds(reference: dict, row: dict) -> float:

@@ -95,6 +95,32 @@ def test_blocks_outside_the_pass_come_when_asked_for(bench):
             run.check_pass(order)
 
 
+def test_what_was_asked_for_is_wanted_without_waiting(bench, eventually):
+    run = bench()
+    run.engine.start()
+    run.engine.begin_pass()
+    run.check(0)
+    run.engine.release()
+    eventually(lambda: run.engine.is_there(1))
+    said = []
+    run.engine.ask(1, lambda: said.append(1))
+    assert said == [1]  # it was there
+    run.check(1)
+
+    run.reader.gate.clear()
+    run.engine.release()
+    run.engine.ask(4, lambda: said.append(4))
+    assert said == [1]
+    run.reader.gate.set()
+    eventually(lambda: said == [1, 4])
+    run.check(4)
+    run.engine.ask(2, lambda: said.append(2))
+    run.engine.release()  # not wanted after all
+    run.check(3)
+    run.engine.end_pass()
+    run.check_pass()
+
+
 def test_fetch_goes_before_everything_that_is_queued(bench, eventually):
     run = bench(num_agents=1, ahead=False)
     run.engine.start()

@@ -229,6 +229,23 @@ def test_close_during_a_wait_ends_it(bench, eventually, what):
     assert run.reader.closed == 1
 
 
+def test_whoever_has_asked_is_told_of_the_end(bench, eventually):
+    run = bench()
+    run.engine.start()
+    run.reader.gate.clear()
+    said = []
+    run.engine.ask(4, lambda: said.append("closed"))
+    closing = threading.Thread(target=run.engine.close)
+    closing.start()
+    eventually(lambda: said == ["closed"])
+    run.reader.gate.set()
+    closing.join()
+    run.engine.ask(0, lambda: said.append("at once"))
+    assert said == ["closed", "at once"]
+    with pytest.raises(EngineError, match="closed"):
+        run.engine.want(0)
+
+
 def test_an_interrupted_wait_leaves_an_engine_that_works(bench, interrupted):
     run = bench(resident=PARTLY, ahead=False)
     run.engine.start()

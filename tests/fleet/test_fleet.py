@@ -131,6 +131,35 @@ def test_outputs_are_those_of_each_alone_and_failures_stay_at_home(nets, tmp_pat
     assert not [t.name for t in threading.enumerate() if t.name.startswith("hermes")]
 
 
+def test_requests_that_take_turns_keep_their_modes_to_themselves(nets):
+    """They are on one thread, which gradients, inference and autocast belong to."""
+    seen = []
+
+    def inferring(module):
+        with torch.inference_mode():
+            return module(PIXELS).is_inference()
+
+    def plain(module):
+        answer = module(PIXELS)
+        seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        return answer
+
+    def rounding(module):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return module(PIXELS)
+
+    options = {"policy": "round-robin", "max_active": 2}
+    with fleet_of(nets, ["small", "large"], spare_bytes=28 * MIB, **options) as fleet:
+        fleet.start()
+        for call in (inferring, rounding) * 3:
+            one, other = fleet.call("small", call), fleet.call("large", plain)
+            assert torch.equal(other.result(60), expected(nets, "large", PIXELS))
+            assert not other.result().is_inference()
+            assert one.result(60) is not False
+        assert fleet.report().models["large"].requests == 6
+    assert set(seen) == {(False, False)}
+
+
 def test_idle_bytes_are_lent_and_come_back(nets, monkeypatch):
     # These keep one of two so small whole, by what computing took when it was measured; and it has no window then.
     monkeypatch.setattr(plan, "cheapest", lambda *_: None)
