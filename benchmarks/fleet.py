@@ -7,11 +7,10 @@ Root; one to two minutes a run. The cap is what weights and activations may take
 skeleton and kernel, before any weight), which is measured first; the cgroup's limit is cap + floor. Each model has one
 client that sends its next request when the last is answered; the requests are shared out evenly. Each client's first
 three requests, one a picture, come before the clock starts, here as with the resident modules: memory is touched and
-kernels are built. So that both have the machine's speed of the same minutes, the resident modules run before and after
-each fleet. Every output is compared, by digest, with that of the plain resident module. A run during which
-other processes took more than a few per cent of the cores is made again. Rows are added to docs/fleet.json, and
-docs/fleet.md is made from them. WEIGHTS holds what examples/vision/weights.py writes. `--peer PYTHON` also runs
-accelerate's disk offload with an interpreter that has it (`make peers`).
+kernels are built. The fleet and the resident modules are measured in turns, some seconds each, because the machine's
+speed changes within minutes. Every output is compared, by digest, with that of the plain resident module. Rows are
+added to docs/fleet.json, and docs/fleet.md is made from them. WEIGHTS holds what examples/vision/weights.py writes.
+`--peer PYTHON` also runs accelerate's disk offload with an interpreter that has it (`make peers`).
 """
 
 import argparse
@@ -23,10 +22,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+from turns import conduct  # noqa: E402
 
 MIB = 2**20
 SCENARIOS = {
@@ -41,8 +43,6 @@ FREE = "free"
 QUIET = 0.03
 """Of the cores' time, that other processes may take during a run."""
 ATTEMPTS = 2
-YARDSTICK_ROUNDS = 8
-"""Of the resident modules, before and after each run: the machine's speed changes within minutes."""
 
 
 def main() -> None:
@@ -101,16 +101,17 @@ def measure(scenario: str, options: argparse.Namespace, document: dict) -> None:
             known.setdefault("accelerate", {}), options.disk,
             lambda: run_accelerate(options.weights, options.peer, kinds, capped),
         )  # fmt: skip
-    beside = [quiet(options.weights, what="resident", kinds=kinds, rounds=YARDSTICK_ROUNDS)]
     for cap, policy in itertools.product(options.caps, options.policies):
         cap_bytes = paper * MIB if cap == "paper" else demand_bytes * int(cap) // 100
         limit_bytes = cap_bytes + floor_bytes
-        row = quiet(
-            options.weights, limit_bytes, disk=options.disk,
+        run = partial(
+            run_apart, options.weights, limit_bytes, disk=options.disk,
             what="fleet", kinds=kinds, policy=policy, rounds=rounds, budget_bytes=limit_bytes,
         )  # fmt: skip
-        beside.append(quiet(options.weights, what="resident", kinds=kinds, rounds=YARDSTICK_ROUNDS))
-        row["resident_round_seconds"] = [one["seconds"] / YARDSTICK_ROUNDS for one in beside[-2:]]
+        yardstick = partial(run_apart, options.weights, what="resident", kinds=kinds, rounds=rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            beside, row = conduct(Path(folder), rounds, yardstick, run)
+        row["resident"] = {key: beside[key] for key in ("seconds", "turn_seconds", "model_seconds")}
         key = {"scenario": scenario, "cap": cap, "policy": policy, "disk": options.disk}
         row |= key | {"cap_bytes": cap_bytes, "limit_bytes": limit_bytes}
         row |= {"at": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import statistics
 import sys
 import threading
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "examples" / "vision")]
+
+from turns import in_turns  # noqa: E402
 
 MIB = 2**20
 SCENES = ("road", "junction", "field")
@@ -61,7 +64,7 @@ def probe(weights: Path, *, kinds: list[str]) -> dict:
     }
 
 
-def fleet_run(weights: Path, *, kinds: list[str], policy: str, rounds: int, budget_bytes: int) -> dict:
+def fleet_run(weights: Path, *, kinds: list[str], policy: str, rounds: int, budget_bytes: int, path: str) -> dict:
     begun = time.perf_counter()
     fleet, inputs, names = make_fleet(weights, kinds, limit_bytes=budget_bytes, policy=policy)
     digests: dict[str, list[str]] = {name: [""] * len(SCENES) for name in names}
@@ -91,16 +94,20 @@ def fleet_run(weights: Path, *, kinds: list[str], policy: str, rounds: int, budg
         warmed = time.perf_counter()
         before = {name: one.bytes_read for name, one in fleet.report().models.items()}
         latencies = {name: [] for name in names}
-        with Watch() as watch:
-            loop(rounds)
+        turns = []
+        for count in in_turns(path, rounds):
+            with Watch() as watch:
+                loop(count)
+            turns.append(watch)
         report = fleet.report()
         answered = {name: fleet._workers[name].answered[-rounds:] for name in names}
         served = {name: [one.ended_seconds - one.began_seconds for one in done] for name, done in answered.items()}
     cold, warm = (plan.predict(dict.fromkeys(names, n)) for n in (WARM_ROUNDS, WARM_ROUNDS + rounds))
     return {
         "requests": rounds * len(names),
-        "seconds": watch.seconds,
-        "disturbed": watch.disturbed,
+        "seconds": sum(watch.seconds for watch in turns),
+        "turn_seconds": [watch.seconds for watch in turns],
+        "disturbed": statistics.mean(watch.disturbed for watch in turns),
         "predicted_seconds": warm.makespan_seconds - cold.makespan_seconds,
         "adding_seconds": added - begun,
         "planning_seconds": started - added,
@@ -127,7 +134,6 @@ def fleet_run(weights: Path, *, kinds: list[str], policy: str, rounds: int, budg
 
 def delays(weights: Path, *, kind: str, rounds: int = 7) -> dict:
     """SwapNet's delay model of one CNN, from its blocks loaded, run and unloaded one at a time; medians of rounds."""
-    import statistics
     from dataclasses import asdict, replace
 
     import torch
@@ -192,7 +198,7 @@ def make_fleet(weights: Path, kinds: list[str], *, limit_bytes: int, policy: str
     return fleet, inputs, names
 
 
-def resident(weights: Path, *, kinds: list[str], rounds: int) -> dict:
+def resident(weights: Path, *, kinds: list[str], rounds: int, path: str | None = None) -> dict:
     """Plain modules, all in memory, one request after the other in one thread: the swap-free yardstick."""
     import torch
     from cnns import MODELS
@@ -209,14 +215,23 @@ def resident(weights: Path, *, kinds: list[str], rounds: int) -> dict:
         for module, pixels in zip(modules, inputs, strict=True):
             digests.append([digest(module(x)) for x in pixels])  # and the kernels are warm
         seconds: list[list[float]] = [[] for _ in modules]
-        with Watch() as watch:
-            for number in range(rounds):
-                for index, module in enumerate(modules):
-                    start = time.perf_counter()
-                    module(inputs[index][number % 3])
-                    seconds[index].append(time.perf_counter() - start)
-    return {"digests": digests, "model_seconds": seconds, "seconds": watch.seconds, "requests": rounds * len(modules),
-            "disturbed": watch.disturbed}  # fmt: skip
+        turns = []
+        for count in in_turns(path, rounds):
+            with Watch() as watch:
+                for number in range(count):
+                    for index, module in enumerate(modules):
+                        start = time.perf_counter()
+                        module(inputs[index][number % 3])
+                        seconds[index].append(time.perf_counter() - start)
+            turns.append(watch)
+    return {
+        "digests": digests,
+        "model_seconds": seconds,
+        "seconds": sum(watch.seconds for watch in turns),
+        "turn_seconds": [watch.seconds for watch in turns],
+        "requests": rounds * len(modules),
+        "disturbed": statistics.mean(watch.disturbed for watch in turns),
+    }
 
 
 def plain(weights: Path, *, kind: str) -> dict:

@@ -21,8 +21,8 @@ def markdown(document: dict) -> str:
         "loop; each client's first three requests come before the clock. Random weights in the published shapes: 224",
         "pixels a side, YOLOv3 320. Raw samples are in [fleet.json](fleet.json).",
         "",
-        "- *Overhead*: against the same requests through plain resident modules, one after the other in one thread, as",
-        "  they were answered before and after the run.",
+        "- *Overhead*: against the same requests through plain resident modules, one after the other in one thread, in",
+        "  another process; both in turns of five rounds.",
         "- *Bound*: that resident makespan, or where it is longer the time to read what has no room under the cap",
         "  beside one request's activations, at the disk's measured rate: no schedule is faster.",
         "- *At once*: requests under way. SwapNet's rotation goes block by block round all models, as many as fit.",
@@ -61,7 +61,7 @@ def _scenario(scenario: str, reference: dict, rows: list[dict]) -> list[str]:
             lines.append(f"| {cap} | {row['policy']} | {row['error']} | | | {row['oom_kills']} | | | | | | |")
             continue
         rounds = row["requests"] // len(names)
-        yardstick, bound = _resident_seconds(reference, row), _bound_seconds(reference, row)
+        yardstick, bound = row["resident"]["seconds"], _bound_seconds(reference, row)
         read = sum(one["bytes_read"] for one in row["models"].values()) / rounds
         cells = [
             cap,
@@ -88,20 +88,21 @@ def _latencies(reference: dict, rows: list[dict], names: list[str]) -> list[str]
     """What a request takes once it has begun, and from being sent."""
     everyone = sum(statistics.median(one) for one in reference["resident"]["model_seconds"])
     lines = [
-        "Latency of a request, ms, medians: from its beginning to its answer, against the resident module alone; in",
-        f"brackets from being sent, with the others' turns (resident, in the same loop: {1e3 * everyone:.0f}).",
+        "Latency of a request, ms, medians: from its beginning to its answer, against the resident module;",
+        f"in brackets from being sent, with the others' turns (resident, in the same loop: {1e3 * everyone:.0f}).",
         "",
         "| model | resident | " + " | ".join(_head(row) for row in rows) + " |",
         "|---" * (len(rows) + 2) + "|",
     ]
     for index, name in enumerate(names):
-        alone = 1e3 * statistics.median(reference["resident"]["model_seconds"][index])
+        usual = 1e3 * statistics.median(reference["resident"]["model_seconds"][index])
         cells = []
         for row in rows:
             one = row["models"][name]
+            alone = 1e3 * statistics.median(row["resident"]["model_seconds"][index])
             served, sent = (1e3 * statistics.median(one[key]) for key in ("served_seconds", "latency_seconds"))
             cells.append(f"{served:.0f}, {served - alone:+.0f} ({sent:.0f})")
-        lines.append(f"| {name} | {alone:.0f} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {usual:.0f} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -173,15 +174,11 @@ def _delays(delays: dict) -> list[str]:
     return [*lines, ""]
 
 
-def _resident_seconds(reference: dict, row: dict) -> float:
-    return statistics.mean(row["resident_round_seconds"]) * row["requests"] / len(reference["probe"]["weight_bytes"])
-
-
 def _bound_seconds(reference: dict, row: dict) -> float:
     weight_bytes, activation_bytes = (reference["probe"][key].values() for key in ("weight_bytes", "activation_bytes"))
     rounds = row["requests"] / len(weight_bytes)
     again = max(0, sum(weight_bytes) - row["cap_bytes"] + max(activation_bytes))
-    return max(_resident_seconds(reference, row), rounds * again / row["bytes_per_second"])
+    return max(row["resident"]["seconds"], rounds * again / row["bytes_per_second"])
 
 
 def _disturbed(row: dict) -> str:
