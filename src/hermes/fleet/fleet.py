@@ -215,7 +215,10 @@ class Fleet:
     def call(
         self, name: str, function: Callable[[Any], Any], *, deadline_seconds: float | None = None
     ) -> "Future[Any]":
-        """The same for any use of a model, as `lambda model: model.generate(...)`."""
+        """The same for any use of a model, as `lambda model: model.generate(...)`.
+
+        It runs on the one thread that computes for all models: it must not wait for another request of this fleet.
+        """
         if self._plan is None or self._closed:
             self.start()
         worker = self._workers.get(name)
