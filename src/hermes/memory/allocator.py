@@ -5,6 +5,7 @@ Covers glibc only; elsewhere these functions say so by returning False. The aren
 
 import ctypes
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,7 @@ _PROBE_BYTES = 1 << 17
 """From 64 KiB on, glibc looks at the end of the heap when they are freed."""
 
 _trim_threshold = 1 << 17  # glibc's own
+_threshold_lock = threading.Lock()
 
 
 def keep_heap_tight() -> bool:
@@ -33,7 +35,7 @@ def keep_heap_tight() -> bool:
     buffers are used again by the next block, because taking them anew would cost a page fault for each 4 KiB (an eighth
     of a pass of BERT-large). Call before threads start and before the first large buffer; again changes nothing.
     """
-    return _set((_M_ARENA_MAX, _NUM_ARENAS)) and _hold(_THRESHOLD_BYTES)
+    return all([_set((_M_ARENA_MAX, _NUM_ARENAS)), _hold(_THRESHOLD_BYTES)])
 
 
 def hold_heap(nbytes: int) -> bool:
@@ -51,18 +53,7 @@ def grow_heap(nbytes: int) -> bool:
     The page faults of a first pass, taken while the disk fills the window: on a virtual machine, whose host must find
     each page, 10 microseconds each. Releases the interpreter lock.
     """
-    try:
-        libc = ctypes.CDLL(None)
-        malloc, free = libc.malloc, libc.free
-    except (AttributeError, OSError, TypeError):
-        return False
-    malloc.argtypes, malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
-    free.argtypes = (ctypes.c_void_p,)
-    if not nbytes or not (address := malloc(nbytes)):
-        return False
-    ctypes.memset(address, 0, nbytes)
-    free(address)
-    return True
+    return bool(nbytes) and _take_and_free(nbytes, touch=True)
 
 
 def trim_heap() -> bool:
@@ -72,16 +63,15 @@ def trim_heap() -> bool:
     CNNs were measured in a thread, 30 to 60 MiB.
     """
     try:
-        libc = ctypes.CDLL(None)
-        malloc_trim, malloc, free = libc.malloc_trim, libc.malloc, libc.free
+        malloc_trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
         return False
-    malloc_trim.argtypes, malloc_trim.restype = (ctypes.c_size_t,), ctypes.c_int
-    malloc.argtypes, malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
-    free.argtypes = (ctypes.c_void_p,)
-    if _set((_M_TRIM_THRESHOLD, 0)):  # of no other use here: the end of a heap goes where something is freed before it
-        free(malloc(_PROBE_BYTES))
-        _set((_M_TRIM_THRESHOLD, _trim_threshold))
+    malloc_trim.argtypes = (ctypes.c_size_t,)
+    malloc_trim.restype = ctypes.c_int
+    with _threshold_lock:  # or another thread would put the threshold back before this one frees
+        if _set((_M_TRIM_THRESHOLD, 0)):
+            _take_and_free(_PROBE_BYTES, touch=False)
+            _set((_M_TRIM_THRESHOLD, _trim_threshold))
     return bool(malloc_trim(0) == 1)
 
 
@@ -101,8 +91,26 @@ def put_off_collections() -> Iterator[None]:
 def _hold(nbytes: int) -> bool:
     """Let so many free bytes stay at the end of each heap, and take blocks below that from heaps as far as may be."""
     global _trim_threshold
-    _trim_threshold = nbytes
-    return _set((_M_MMAP_THRESHOLD, min(nbytes, _LARGEST_THRESHOLD_BYTES)), (_M_TRIM_THRESHOLD, nbytes))
+    with _threshold_lock:
+        _trim_threshold = nbytes
+        return _set((_M_MMAP_THRESHOLD, min(nbytes, _LARGEST_THRESHOLD_BYTES)), (_M_TRIM_THRESHOLD, nbytes))
+
+
+def _take_and_free(nbytes: int, *, touch: bool) -> bool:
+    """A block of the heap, zeroed if it is touched; True if there was one. Releases the interpreter lock."""
+    try:
+        libc = ctypes.CDLL(None)
+        malloc, free = libc.malloc, libc.free
+    except (AttributeError, OSError, TypeError):
+        return False
+    malloc.argtypes, malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
+    free.argtypes = (ctypes.c_void_p,)
+    if not (address := malloc(nbytes)):
+        return False
+    if touch:
+        ctypes.memset(address, 0, nbytes)
+    free(address)
+    return True
 
 
 def _set(*settings: tuple[int, int]) -> bool:
