@@ -104,8 +104,6 @@ class Engine:
         self._on_ready: Callable[[], None] | None = None
         self._error: BaseException | None = None
         self._closed = threading.Event()
-        self._pass_start: float | None = None
-        self._pass_mark = (0, 0.0)
         self._block_start = 0.0
         self.held: int | None = None
         self.is_settled = False
@@ -220,10 +218,10 @@ class Engine:
         """
         with self._lock:
             self._on_ready = on_ready
-            if not self._is_stopped:
-                self._ask(block, self.clock())
-            if self._is_stopped or self._granted is not None:
+            if self._is_stopped:
                 self._say_ready()
+            else:
+                self._ask(block, self.clock())
 
     def places(self, block: int) -> tuple[Place, ...]:
         """Where the loads of a block lie that are all resident."""
@@ -239,8 +237,7 @@ class Engine:
         with self._lock:
             self._raise_if_stopped()
             self._holdings.reserve_heap(heap_bytes)
-            self._pass_start = self.clock()
-            self._pass_mark = (self.stats.bytes_read, self.stats.stall_seconds)
+            self.stats.begin_pass(self.clock())
 
     def end_pass(self) -> None:
         """The sweep is over, or was given up: release what is held, and look at real memory.
@@ -249,17 +246,11 @@ class Engine:
         and no resident weights are left to give back.
         """
         with self._lock:
-            was_running = self._pass_start is not None and not self._is_stopped
             now = self.clock()
             self._release(now)
             self._take_in(BlockDone())
             self.is_settled = not self._config.record and not self._is_stopped and self._pipeline.is_settled()
-            if self._pass_start is not None:
-                self.stats.passes += 1
-                self.stats.pass_seconds.append(now - self._pass_start)
-                self.stats.pass_bytes.append(self.stats.bytes_read - self._pass_mark[0])
-                self.stats.pass_stall_seconds.append(self.stats.stall_seconds - self._pass_mark[1])
-                self._pass_start = None
+            was_running = self.stats.end_pass(now) and not self._is_stopped
         if was_running:
             self._reader.check()
         self._daemon.balance()

@@ -34,3 +34,21 @@ class EngineStats:
     """Empty unless the engine records."""
     memory: list[tuple[float, int]] = field(default_factory=list)
     """(seconds, resident set bytes), as sampled by the Daemon Agent; empty unless the engine records."""
+    _pass: tuple[float, int, float] | None = field(default=None, init=False, repr=False)
+    """Of the one under way: when it began, and the totals of bytes and stalls then."""
+
+    def begin_pass(self, now_seconds: float) -> None:
+        """Count from here."""
+        self._pass = (now_seconds, self.bytes_read, self.stall_seconds)
+
+    def end_pass(self, now_seconds: float) -> bool:
+        """Count a pass; False where none is under way."""
+        if self._pass is None:
+            return False
+        start_seconds, nbytes, stall_seconds = self._pass
+        self.passes += 1
+        self.pass_seconds.append(now_seconds - start_seconds)
+        self.pass_bytes.append(self.bytes_read - nbytes)
+        self.pass_stall_seconds.append(self.stall_seconds - stall_seconds)
+        self._pass = None
+        return True

@@ -23,7 +23,7 @@ class Lanes:
     """`go` and `close` from any thread; `wait` and `may_wait` from within a request."""
 
     def __init__(self) -> None:
-        self._names: queue.SimpleQueue[tuple[str, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[tuple[str, Callable[[], None]] | None] = queue.SimpleQueue()
         self._hub: greenlet | None = None
         self._thread: threading.Thread | None = None
 
@@ -36,7 +36,7 @@ class Lanes:
     def close(self) -> None:
         """Once no request is under way: end the thread. Idempotent."""
         if self._thread is not None:
-            self._names.put(None)
+            self._orders.put(None)
             self._thread.join()
             self._thread = None
 
@@ -45,7 +45,7 @@ class Lanes:
 
         Never blocks. At most one `go` is outstanding: the next one comes when the thread has been left.
         """
-        self._names.put((name, call))
+        self._orders.put((name, call))
 
     def wait(self) -> None:
         """Leave the thread to others, until `go`.
@@ -69,12 +69,12 @@ class Lanes:
     def _run(self) -> None:
         self._hub = getcurrent()
         under_way: dict[str, greenlet] = {}
-        while (order := self._names.get()) is not None:
+        while (order := self._orders.get()) is not None:
             name, call = order
-            request = under_way.setdefault(name, greenlet(call))
+            request = under_way.pop(name, None) or greenlet(call)
             request.switch()
-            if request.dead:
-                del under_way[name]
+            if not request.dead:
+                under_way[name] = request
 
 
 def drop_kernel_threads() -> bool:

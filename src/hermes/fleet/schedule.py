@@ -3,7 +3,7 @@
 One model computes at a time, on all cores: two at once would halve each other, and their activations would add up to no
 end. What overlaps is one model's disk with another's computation. A turn lasts until the next block boundary.
 
-Threads are in `turns`, time in `predict`, which drives the same machine.
+The thread is in `lanes`, time in `predict`, which drives the same machine.
 """
 
 from collections import deque

@@ -241,7 +241,7 @@ def _start(prepared: Prepared, num_agents: int, *, sequential: bool, limit_bytes
         granularity="leaf",
         num_agents=num_agents,
         piece_bytes=PIECE_SIZES[-1],
-        ring_bytes=max(smallest_bytes, min(roomy_bytes, smallest_bytes + limit_bytes - least_bytes)),
+        ring_bytes=min(roomy_bytes, smallest_bytes + limit_bytes - least_bytes),
         resident=tuple(frozenset() for _ in blocks),
         resident_bytes=0,
         pass_bytes=0,
