@@ -16,30 +16,24 @@ added to docs/fleet.json, and docs/fleet.md is made from them. WEIGHTS holds wha
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+from conditions import DISKS, DOCS, MIB, cold_run, evict, taken
+from fleet_table import FREE, markdown
+from turns import conduct
 
-from turns import conduct  # noqa: E402
-
-MIB = 2**20
 SCENARIOS = {
     "self-driving": (843, ("yolov3", "fcn-resnet101", "vgg19", "resnet101")),
     "road-side unit": (900, ("yolov3", "yolov3", "resnet101", "resnet101", "vgg19")),
     "UAV": (1000, ("yolov3", "resnet101")),
 }
 """SwapNet's budgets in MiB, and its models. Its FCN has 207 MB, which is FCN on ResNet-101; on ResNet-50 it is 135."""
-RESULTS = ROOT / "docs" / "fleet.json"
-FREE = "free"
-"""The disk without a limit."""
+RESULTS = DOCS / "fleet.json"
 QUIET = 0.03
 """Of the cores' time, that other processes may take during a run."""
 ATTEMPTS = 2
@@ -53,7 +47,7 @@ def main() -> None:
     parser.add_argument("--caps", nargs="*", default=["paper", "25", "40", "60", "80"])
     parser.add_argument("--policies", nargs="+", default=["round-robin", "deadline"])
     parser.add_argument("--baselines", action="store_true", help="measure what is compared with again")
-    parser.add_argument("--disk", default=FREE, help="free, or MB/s")
+    parser.add_argument("--disk", choices=DISKS, default=FREE, help="as it is, or MB/s")
     parser.add_argument("--peer", help="a Python that has accelerate")
     parser.add_argument("--delays", action="store_true", help="fit the delay model of each CNN first")
     parser.add_argument("--table", action="store_true", help="make the page only")
@@ -65,9 +59,7 @@ def main() -> None:
         RESULTS.write_text(json.dumps(document, indent=1) + "\n")
     for scenario in [] if options.table else options.scenarios:
         measure(scenario, options, document)
-    from fleet_table import markdown
-
-    (ROOT / "docs" / "fleet.md").write_text(markdown(document))
+    (DOCS / "fleet.md").write_text(markdown(document))
 
 
 def measure(scenario: str, options: argparse.Namespace, document: dict) -> None:
@@ -101,6 +93,7 @@ def measure(scenario: str, options: argparse.Namespace, document: dict) -> None:
             known.setdefault("accelerate", {}), options.disk,
             lambda: run_accelerate(options.weights, options.peer, kinds, capped),
         )  # fmt: skip
+    yardstick = partial(run_apart, options.weights, what="resident", kinds=kinds, rounds=rounds)
     for cap, policy in itertools.product(options.caps, options.policies):
         cap_bytes = paper * MIB if cap == "paper" else demand_bytes * int(cap) // 100
         limit_bytes = cap_bytes + floor_bytes
@@ -108,13 +101,13 @@ def measure(scenario: str, options: argparse.Namespace, document: dict) -> None:
             run_apart, options.weights, limit_bytes, disk=options.disk,
             what="fleet", kinds=kinds, policy=policy, rounds=rounds, budget_bytes=limit_bytes,
         )  # fmt: skip
-        yardstick = partial(run_apart, options.weights, what="resident", kinds=kinds, rounds=rounds)
         with tempfile.TemporaryDirectory() as folder:
             beside, row = conduct(Path(folder), rounds, yardstick, run)
         row["resident"] = {key: beside[key] for key in ("seconds", "turn_seconds", "model_seconds")}
         key = {"scenario": scenario, "cap": cap, "policy": policy, "disk": options.disk}
         row |= key | {"cap_bytes": cap_bytes, "limit_bytes": limit_bytes}
-        row |= {"at": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
+        made = taken()
+        row |= {"at": made["date"], "commit": made["commit"]}
         if "digests" in row:
             row["identical"] = row.pop("digests") == known["resident"]["digests"]
         document["runs"] = [one for one in document["runs"] if not key.items() <= one.items()] + [row]
@@ -144,33 +137,16 @@ def run_apart(
     weights: Path, limit_bytes: int | None = None, *, disk: str = FREE, python: str = sys.executable, **what: object
 ) -> dict:
     """One run in a process of its own, in a cgroup where there is a limit; the weights are evicted first."""
-    for path in sorted(weights.glob("*.safetensors")):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    command = [python, str(Path(__file__).with_name("fleet_runs.py")), str(weights), json.dumps(what)]
+    command = [python, str(Path(__file__).with_name("fleet_runs.py")), str(weights.resolve()), json.dumps(what)]
     if limit_bytes is None:
+        evict(weights)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
-    from capped import run_capped
-
-    run = run_capped(
-        command,
-        limit_bytes=limit_bytes,
-        read_bytes_per_second=None if disk == FREE else int(disk) * 10**6,
-        disk_of=weights,
-        timeout_seconds=280,
-    )
+    run = cold_run(command, weights, limit_bytes=limit_bytes, disk=disk, timeout_seconds=280)
     charged = {"charged_bytes": run.peak_bytes, "oom_kills": run.oom_kills, "major_faults": run.major_faults}
     if run.returncode:
         return charged | {"error": (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]}
     return json.loads(run.stdout.splitlines()[-1]) | charged
-
-
-def commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

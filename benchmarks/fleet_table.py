@@ -2,10 +2,13 @@
 
 import statistics
 
-__all__ = ["markdown"]
+from turns import ROUNDS
+
+__all__ = ["FREE", "markdown"]
 
 MIB = 2**20
 FREE = "free"
+"""The disk without a limit."""
 PAPER = {"self-driving": "57 to 83 %", "road-side unit": "63 to 79 %", "UAV": "64 to 75 %"}
 """SwapNet's memory reduction per model."""
 
@@ -22,7 +25,7 @@ def markdown(document: dict) -> str:
         "pixels a side, YOLOv3 320. Raw samples are in [fleet.json](fleet.json).",
         "",
         "- *Overhead*: against the same requests through plain resident modules, one after the other in one thread, in",
-        "  another process; both in turns of five rounds, of whose ratios it is the median.",
+        f"  another process; both in turns of {ROUNDS} rounds, of whose ratios it is the median.",
         "- *Bound*: that resident makespan, or where it is longer the time to read what has no room under the cap",
         "  beside one request's activations, at the disk's measured rate: no schedule is faster.",
         "- *At once*: requests under way. SwapNet's rotation goes block by block round all models, as many as fit.",
