@@ -189,6 +189,16 @@ class Schedule:
             return 0.0
         return found.due
 
+    def keeps(self, model: str) -> bool:
+        """Whether the model whose turn it is would have the next one, too, were its next block ready."""
+        self._expect(model, _State.RUNNING)
+        if self.active == 1:
+            return True
+        if self.policy == "round-robin":
+            return False
+        due = self._models[model].due
+        return all(one.due >= due for one in self._models.values() if one.state is _State.READY)
+
     @property
     def active(self) -> int:
         """Requests that are under way."""
@@ -232,7 +242,7 @@ class Schedule:
         active = [name for name, model in self._models.items() if model.state is not _State.IDLE]
         if self.policy == "deadline":
             ready = [name for name in active if self._models[name].state is _State.READY]
-            return min(ready, key=lambda name: self._models[name].due, default=None)
+            return min(ready, key=lambda name: (self._models[name].due, name != self._last), default=None)
         following = min(active, key=self._rotation, default=None)
         return following if following is not None and self._models[following].state is _State.READY else None
 

@@ -56,6 +56,7 @@ class Turns:
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         self._closed = False
+        self._keeper: str | None = None  # whose turns all are until the next event
 
     def join(self, model: str, patience_seconds: float, serve: Callable[[], None]) -> None:
         """A model has come; `serve` answers one request, and raises nothing. Raises InputError if its name is taken."""
@@ -82,6 +83,13 @@ class Turns:
     def finished(self, model: str) -> None:
         """Give the turn up: the request is answered, and `serve` about to return."""
         self._tell(Finished(model))
+
+    def keeps(self, model: str) -> bool:
+        """Within a turn: whether the next one is this model's, too, if its block is there. Most often costs nothing."""
+        if self._keeper is None:
+            with self._lock:
+                self._keeper = model if self._schedule.keeps(model) else None
+        return self._keeper == model
 
     def may_give_up(self) -> bool:
         """Within a turn: whether a request could go before this one, and would compute as it does alone."""
@@ -128,6 +136,7 @@ class Turns:
         with self._lock:
             if self._closed:
                 return
+            self._keeper = None
             orders = self._schedule.on(event)
             self._ended.notify_all()
             for order in orders:
@@ -152,11 +161,14 @@ class TurnSource(EngineSource):
 
     def want(self, block: int) -> tuple[Place, ...]:
         """As the engine's; returns when the block is there and it is this model's turn."""
-        if self._turns.may_give_up():
-            self._engine.release()
-            is_there = self._engine.is_there(block)
-            self._turns.reached(self._model, ready=is_there)
+        engine, turns = self._engine, self._turns
+        if turns.keeps(self._model) and (places := engine.want_now(block)) is not None:
+            return places
+        if turns.may_give_up():
+            engine.release()
+            is_there = engine.is_there(block)
+            turns.reached(self._model, ready=is_there)
             if not is_there:
-                self._engine.ask(block, lambda: self._turns.ready(self._model))
-            self._turns.stand_by()
-        return self._engine.want(block)
+                engine.ask(block, lambda: turns.ready(self._model))
+            turns.stand_by()
+        return engine.want(block)
