@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hermes.checkpoint import codec, layout
@@ -165,6 +165,7 @@ def test_chunks_are_checked_without_being_unpacked(place, flip, cut):
     skip=st.integers(0, 200),
     wanted=st.integers(1, 100),
 )
+@example(content=bytes(8), head=(0, 0, 0, 0, 8), item_bytes=1, skip=0, wanted=9)  # ends where a chunk should begin
 @settings(max_examples=150, deadline=None)
 def test_decoders_agree_on_nonsense_with_a_right_checksum(content, head, item_bytes, skip, wanted):
     chunk = layout.HEADER.pack(0, *head, len(content)) + content

@@ -88,7 +88,7 @@ def read_chunk_header(view: Buffer, item_bytes: int, number: int) -> tuple[Encod
     """Encoding, lowest exponent, elements and payload bytes. Raises CheckpointError where they make no sense."""
     header = memoryview(view)[:HEADER_BYTES]
     if len(header) < HEADER_BYTES:
-        raise CheckpointError("truncated header")
+        raise CheckpointError("truncated")
     _, code, base, zero, found, elements, payload_bytes = HEADER.unpack(header)
     if code > max(Encoding) or zero or not 0 < elements <= CHUNK_ELEMENTS or found != number:
         raise CheckpointError("header makes no sense")
