@@ -82,7 +82,9 @@ class World:
         else:
             if not ready:
                 self.waiting.add(name)
+            keeps = self.schedule.keeps(name)
             self.tell(Reached(name, ready))
+            assert not ready or keeps == (self.running == name)
 
     def load(self, name):
         self.waiting.remove(name)
