@@ -10,7 +10,6 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import cast
 
 from hermes.checkpoint.readers import Reader
 from hermes.engine.agents import LoadingAgents, Ticket
@@ -194,19 +193,23 @@ class Engine:
             start = self.clock()
             if self._asked != block:
                 self._ask(block, start)
+            self._asked = None
             while self._granted is None:
                 self._raise_if_stopped()
                 self._ready.wait()
-            return self._hold(block, start)
-
-    def want_now(self, block: int) -> tuple[Place, ...] | None:
-        """As `want` if that would return at once; else None, and nothing has changed. Never blocks."""
-        with self._lock:
-            if self._is_stopped or not self._pipeline.is_there(block):
-                return None
-            start = self.clock()
-            self._ask(block, start)
-            return self._hold(block, start)
+            granted: Compute = self._granted
+            self._block_start = self.clock()
+            self.held = self.stats.current_block = block
+            stalled = self._block_start - start
+            self.stats.stall_seconds += stalled
+            if self._config.record and stalled > 1e-5:
+                self.stats.spans.append(Span("inference", "wait", start, self._block_start))
+            return tuple(
+                Place(resident=False, offset=offset + load.data_offset)
+                if offset is not None
+                else self._holdings.residents.place(block, number)
+                for number, (load, offset) in enumerate(zip(self._blocks[block], granted.offsets, strict=True))
+            )
 
     def ask(self, block: int, on_ready: Callable[[], None]) -> None:
         """The first half of `want`, which is to follow: release what is held, and have the block loaded. Never blocks.
@@ -306,23 +309,6 @@ class Engine:
         self._release(now)
         self._granted, self._asked = None, block
         self._take_in(BlockWanted(block))
-
-    def _hold(self, block: int, start: float) -> tuple[Place, ...]:
-        """Count the wait for a block that is granted since `start`; where its loads lie."""
-        granted = cast(Compute, self._granted)
-        self._asked = None
-        self._block_start = self.clock()
-        self.held = self.stats.current_block = block
-        stalled = self._block_start - start
-        self.stats.stall_seconds += stalled
-        if self._config.record and stalled > 1e-5:
-            self.stats.spans.append(Span("inference", "wait", start, self._block_start))
-        return tuple(
-            Place(resident=False, offset=offset + load.data_offset)
-            if offset is not None
-            else self._holdings.residents.place(block, number)
-            for number, (load, offset) in enumerate(zip(self._blocks[block], granted.offsets, strict=True))
-        )
 
     def _say_ready(self) -> None:
         """To whoever wants a block: it is there, or never will be."""

@@ -9,6 +9,7 @@ The thread is in `lanes`, time in `predict`, which drives the same machine.
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Literal, get_args
 
 from hermes.errors import EngineError, InputError
@@ -192,12 +193,7 @@ class Schedule:
     def keeps(self, model: str) -> bool:
         """Whether the model whose turn it is would have the next one, too, were its next block ready."""
         self._expect(model, _State.RUNNING)
-        if self.active == 1:
-            return True
-        if self.policy == "round-robin":
-            return False
-        due = self._models[model].due
-        return all(one.due >= due for one in self._models.values() if one.state is _State.READY)
+        return self._next_turn(model) == model
 
     @property
     def active(self) -> int:
@@ -224,7 +220,7 @@ class Schedule:
             model = self._models[name]
             model.deadline, model.state = model.queue.popleft(), _State.READY
             orders.append(Admit(name))
-        if self._running is None and (name := self._next_turn()) is not None:
+        if self._running is None and (name := self._next_turn(self._last)) is not None:
             self._models[name].state = _State.RUNNING
             self._running = name
             orders.append(Go(name))
@@ -236,18 +232,18 @@ class Schedule:
             return None
         if self.policy == "deadline":
             return min(waiting, key=lambda name: self._models[name].due)
-        return min(waiting, key=self._rotation)
+        return min(waiting, key=partial(self._rotation, self._last))
 
-    def _next_turn(self) -> str | None:
+    def _next_turn(self, last: str | None) -> str | None:
+        """Whose turn follows one of `last`, which counts as ready if it still has it."""
         active = [name for name, model in self._models.items() if model.state is not _State.IDLE]
+        ready = [name for name in active if self._models[name].state in (_State.READY, _State.RUNNING)]
         if self.policy == "deadline":
-            ready = [name for name in active if self._models[name].state is _State.READY]
-            return min(ready, key=lambda name: (self._models[name].due, name != self._last), default=None)
-        following = min(active, key=self._rotation, default=None)
-        return following if following is not None and self._models[following].state is _State.READY else None
+            return min(ready, key=lambda name: (self._models[name].due, name != last), default=None)
+        following = min(active, key=partial(self._rotation, last), default=None)
+        return following if following in ready else None
 
-    def _rotation(self, name: str) -> int:
-        """How many places after the last turn's model this one comes."""
+    def _rotation(self, last: str | None, name: str) -> int:
+        """How many places after `last` this one comes."""
         names = list(self._models)
-        last = names.index(self._last) if self._last in self._models else -1
-        return (names.index(name) - last - 1) % len(names)
+        return (names.index(name) - (names.index(last) if last in names else -1) - 1) % len(names)

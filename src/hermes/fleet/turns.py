@@ -162,9 +162,8 @@ class TurnSource(EngineSource):
     def want(self, block: int) -> tuple[Place, ...]:
         """As the engine's; returns when the block is there and it is this model's turn."""
         engine, turns = self._engine, self._turns
-        if turns.keeps(self._model) and (places := engine.want_now(block)) is not None:
-            return places
-        if turns.may_give_up():
+        goes_on = turns.keeps(self._model) and engine.is_there(block)
+        if not goes_on and turns.may_give_up():
             engine.release()
             is_there = engine.is_there(block)
             turns.reached(self._model, ready=is_there)
