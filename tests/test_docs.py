@@ -36,7 +36,7 @@ def test_a_command_can_be_typed_as_it_stands(line):
     values = COMMANDS[name].make_context(name, words).params  # parses, and runs nothing
     if values.get("budget") is not None:
         assert parse_bytes(values["budget"]) > 0
-    assert values.get("granularity") in (None, "leaf", "half", "layer")
+    assert values.get("granularity") in (None, "leaf", "joined", "half", "layer")
     assert name != "synth" or values["arch"] in ARCHS
 
 

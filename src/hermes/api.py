@@ -92,7 +92,7 @@ def load(
         sequence_length: tokens of each, likewise.
         max_new_tokens: tokens to be generated, likewise; ignored for models that do not generate.
         num_agents: Loading Agents; else the planner's choice.
-        granularity: "leaf", "half" or "layer"; else the planner's choice.
+        granularity: "leaf", "joined", "half" or "layer"; else the planner's choice.
         resident_bytes: weights kept in memory between passes; 0 streams every block; else all that fits.
         sequential: load and compute in turns, for comparison.
         profile: a profile file; else the one `hermes profile` has stored, else an estimate.

@@ -148,7 +148,7 @@ def test_streamed_is_resident(name: str, dtype: torch.dtype, checkpoints: dict[s
                 assert torch.equal(model.generate(**generated, **options), resident.generate(**generated, **options))
 
 
-@pytest.mark.parametrize("granularity", ["leaf", "half", "layer"])
+@pytest.mark.parametrize("granularity", ["leaf", "joined", "half", "layer"])
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
 def test_every_granularity_and_both_engines(

@@ -39,7 +39,7 @@ SequenceLength = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as stored.")]
 ProfileFile = Annotated[Path | None, typer.Option(help="Profile to plan with; else the stored one.")]
 Agents = Annotated[int | None, typer.Option(min=1, help="Loading Agents; else the planner's choice.")]
-Granularity = Annotated[str | None, typer.Option(help="leaf, half or layer; else the planner's choice.")]
+Granularity = Annotated[str | None, typer.Option(help="leaf, joined, half or layer; else the planner's choice.")]
 ResidentBytes = Annotated[
     str | None, typer.Option(help="Weights kept between passes; 0 streams every block; else all that fit.")
 ]
@@ -55,8 +55,8 @@ def plan_choices(
     *, agents: int | None, granularity: str | None, resident_bytes: str | None, sequential: bool
 ) -> dict[str, Any]:
     """What the user has settled instead of the planner, as `make_plan` takes it. Raises InputError, BudgetError."""
-    if granularity not in (None, "leaf", "half", "layer"):
-        raise InputError(f"unknown granularity {granularity!r}; choose leaf, half or layer")
+    if granularity not in (None, "leaf", "joined", "half", "layer"):
+        raise InputError(f"unknown granularity {granularity!r}; choose leaf, joined, half or layer")
     kept: int | None = None
     if resident_bytes is not None:  # 0 is a size here
         kept = 0 if re.fullmatch(r"\s*0+\s*[A-Za-z]*", resident_bytes) else parse_bytes(resident_bytes)

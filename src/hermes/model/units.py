@@ -10,17 +10,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
 from hermes.model.mapping import Source, WeightMap, is_plain_linear
 from hermes.model.trace import Trace, Use
+from hermes.pipeload import smallest_ring
 
 __all__ = ["GRANULARITIES", "Granularity", "Partition", "Unit", "group_units", "partition"]
 
-Granularity = Literal["leaf", "half", "layer"]
-GRANULARITIES: tuple[Granularity, ...] = ("leaf", "half", "layer")
+Granularity = Literal["leaf", "joined", "half", "layer"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 PIN_BYTES = 64 * 2**10
 """Parameters up to this size stay in memory: reading one costs a disk access, whatever its size."""
@@ -142,20 +143,36 @@ def partition(
     )
 
 
-def group_units(units: Sequence[Unit], granularity: Granularity) -> list[list[int]]:
-    """Blocks as lists of unit numbers: each unit alone, the halves of each layer (attention, feed-forward), or layers.
+def group_units(parts: Partition, granularity: Granularity, nbytes: Sequence[int]) -> list[list[int]]:
+    """Blocks as lists of unit numbers, whose bytes are given.
 
-    Only neighbours in the order of the pass are put together; row ranges of a head always stand alone.
+    "leaf": each unit alone. "joined": as many as need no larger window than the largest unit does. "half": the halves
+    of each layer (attention, feed-forward). "layer": layers. Only neighbours in the order of the pass are put together;
+    row ranges of a head always stand alone.
     """
+    if granularity == "joined":
+        return _join(parts, nbytes)
     blocks: list[list[int]] = []
     previous: str | None = None
-    for number, unit in enumerate(units):
+    for number, unit in enumerate(parts.units):
         key = unit.name if unit.rows is not None or granularity == "leaf" else _group(unit.module, granularity)
         if key == previous:
             blocks[-1].append(number)
         else:
             blocks.append([number])
         previous = key
+    return blocks
+
+
+def _join(parts: Partition, nbytes: Sequence[int]) -> list[list[int]]:
+    blocks: list[list[int]] = []
+    for number, unit in enumerate(parts.units):
+        before = blocks[-1] if blocks and number != parts.num_in_pass else []
+        whole = unit.rows is None and all(parts.units[other].rows is None for other in before)
+        if before and whole and smallest_ring([[nbytes[other] for other in (*before, number)]]) <= max(nbytes):
+            before.append(number)
+        else:
+            blocks.append([number])
     return blocks
 
 

@@ -81,7 +81,7 @@ class Plan:
     Attributes:
         budget_bytes: what was asked.
         limit_bytes: the budget or the cgroup's limit, the tighter one; a margin below it is not planned with.
-        granularity: "leaf", "half" or "layer".
+        granularity: "leaf", "joined", "half" or "layer".
         num_agents: Loading Agents.
         piece_bytes: size of one read.
         ring_bytes: the window.

@@ -71,7 +71,7 @@ def make_plan(
         limit_bytes: the budget or a tighter limit of the system's.
         margin_bytes: part of the limit that is not planned with.
         num_agents: Loading Agents, else as many as reach a good rate and whose buffers fit.
-        granularity: "leaf", "half" or "layer", else the fastest.
+        granularity: "leaf", "joined", "half" or "layer", else the fastest.
         resident_bytes: weights that stay in memory, else as many as fit.
         sequential: load and compute in turns.
 

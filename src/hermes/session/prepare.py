@@ -162,12 +162,16 @@ class Prepared:
 
     def blocks(self, factory: LoadFactory, granularity: Granularity) -> tuple[list[Block], list[int]]:
         """Blocks at a granularity, and the number of the block that each unit is in."""
-        groups = group_units(self.partition.units, granularity)
+        groups = self._groups(granularity)
         block_of_unit = [0] * len(self.partition.units)
         for number, units in enumerate(groups):
             for unit in units:
                 block_of_unit[unit] = number
         return [factory.block(self.partition.units[unit] for unit in units) for units in groups], block_of_unit
+
+    def _groups(self, granularity: Granularity) -> list[list[int]]:
+        nbytes = [sum(self._nbytes(name, unit.rows) for name in unit.parameters) for unit in self.partition.units]
+        return group_units(self.partition, granularity, nbytes)
 
     def problem(self, profile: Profile, factory: LoadFactory, *, floor_bytes: int) -> Problem:
         """The planner's view of this model with the costs of `profile`."""
@@ -197,7 +201,7 @@ class Prepared:
         return Problem(
             units=units,
             num_in_pass=self.partition.num_in_pass,
-            groups={name: group_units(self.partition.units, name) for name in GRANULARITIES},
+            groups={name: self._groups(name) for name in GRANULARITIES},
             bandwidths=[
                 Bandwidth(
                     num_agents=b.num_agents,
