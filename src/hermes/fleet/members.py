@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hermes.fleet.predict import Member, predict
 from hermes.fleet.quota import Need
 from hermes.pipeload import smallest_ring
-from hermes.plan import Bandwidth, Problem, spread
+from hermes.plan import Bandwidth, Problem, part_computed, spread
 
 __all__ = [
     "WINDOWS",
@@ -25,10 +25,10 @@ __all__ = [
 Window = tuple[str, float]
 """Granularity, and bytes in smallest windows."""
 WINDOWS: tuple[Window, ...] = (
-    ("leaf", 1.0), ("leaf", 1.5), ("leaf", 2.0), ("leaf", 3.0), ("leaf", 4.0), ("leaf", 6.0), ("half", 1.0),
-    ("layer", 1.0),
+    ("joined", 1.0), ("joined", 1.5), ("joined", 2.0), ("joined", 3.0), ("joined", 4.0), ("joined", 6.0),
+    ("leaf", 1.0), ("half", 1.0), ("layer", 1.0),
 )  # fmt: skip
-TRIED_ALONE: tuple[Window, ...] = (("leaf", 1.0), ("leaf", 2.0), ("leaf", 4.0), ("leaf", 8.0))
+TRIED_ALONE: tuple[Window, ...] = (("joined", 1.0), ("joined", 2.0), ("joined", 4.0), ("joined", 8.0))
 WORTH_WINDOW = 0.995
 """A larger one must bring that: what it holds is read again in each pass."""
 STEPS = 6
@@ -40,6 +40,8 @@ MOST_KEPT = 12
 """Blocks that may stay for the sake of a smaller window."""
 SMALLEST_RING_BYTES = 8 * 2**20
 """In less, reads get so short that each one's own cost shows."""
+SMALL_BYTES = 2**20 + 8192
+"""Loads up to this, a MiB and what aligns it, cost the cores more by being read than by their bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,8 @@ def make_member(
     """The model with this quota, which is its least or more.
 
     What stays are first the few blocks that would need a larger window than all others, as far as there is room: every
-    byte of the window is read again in each pass. Then those that take longer to read from a disk of this `rate` than
+    byte of the window is read again in each pass. Then small loads, because each read takes time from who computes,
+    whatever its size. Then those that take longer to read from a disk of this `rate` than
     to compute: the others hide behind their own computing. Where all or none do, the same share of each stays.
     """
     problem = candidate.problem
@@ -129,10 +132,12 @@ def make_member(
         resident = _resident(rest, seconds, free - ring.ring_bytes - ring.kept_bytes, rate)
         for number in ring.kept:
             resident[number] = frozenset(range(len(slots[number])))
+    reads = [[n for unit in block for n in problem.units[unit].read_bytes] for block in groups]
+    share = part_computed(problem, reads, resident)
     return Member(
         slots=slots[: len(groups)],
-        reads=[[n for unit in block for n in problem.units[unit].read_bytes] for block in groups],
-        block_seconds=seconds,
+        reads=reads,
+        block_seconds=[problem.boundary_seconds + share * one for one in seconds],
         resident=resident,
         ring_bytes=ring.ring_bytes,
         least_bytes=fixed + ring.kept_bytes + ring.ring_bytes,
@@ -221,12 +226,16 @@ def _resident(
     slots: Sequence[Sequence[int]], seconds: Sequence[float], budget_bytes: int, rate: float
 ) -> list[frozenset[int]]:
     late = [number < len(seconds) and sum(loads) > seconds[number] * rate for number, loads in enumerate(slots)]
+    groups: list[list[set[int]]] = [[set() for _ in slots] for _ in range(3)]
+    for block, loads in enumerate(slots):
+        for load, nbytes in enumerate(loads):
+            groups[0 if nbytes <= SMALL_BYTES else 1 if late[block] else 2][block].add(load)
     kept: list[Set[int]] = [frozenset() for _ in slots]
-    for turn in (True, False):
-        if budget_bytes > 0:
-            chosen = spread([loads if late[n] is turn else () for n, loads in enumerate(slots)], budget_bytes)
-            kept = [had | new for had, new in zip(kept, chosen, strict=True)]
-            budget_bytes -= sum(slots[block][load] for block, loads in enumerate(chosen) for load in loads)
+    for group in groups:
+        sizes = [[n if load in group[block] else 0 for load, n in enumerate(loads)] for block, loads in enumerate(slots)]
+        chosen = [new & group[block] for block, new in enumerate(spread(sizes, max(0, budget_bytes)))]
+        budget_bytes -= sum(slots[block][load] for block, loads in enumerate(chosen) for load in loads)
+        kept = [had | new for had, new in zip(kept, chosen, strict=True)]
     return [frozenset(loads) for loads in kept]
 
 

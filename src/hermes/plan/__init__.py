@@ -1,6 +1,6 @@
 """The Pipeline Planner: from costs and a budget to a plan, by simulating PIPELOAD's own state machine. No torch."""
 
-from hermes.plan.cost import Prediction, simulate
+from hermes.plan.cost import Prediction, part_computed, simulate
 from hermes.plan.problem import TOUCH_STEP_BYTES, Bandwidth, Plan, Problem, UnitCost
 from hermes.plan.residency import spread
 from hermes.plan.search import make_plan, smallest_budget
@@ -13,6 +13,7 @@ __all__ = [
     "Problem",
     "UnitCost",
     "make_plan",
+    "part_computed",
     "simulate",
     "smallest_budget",
     "spread",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hermes.pipeload import BlockDone, BlockWanted, Compute, Fetch, LoadFetched, Order, Pipeline
 from hermes.plan.problem import TOUCH_STEP_BYTES, Problem, UnitCost
 
-__all__ = ["Prediction", "least_seconds", "simulate", "streamed_reads", "touch_seconds"]
+__all__ = ["Prediction", "least_seconds", "part_computed", "simulate", "streamed_reads", "touch_seconds"]
 
 SIMULATED_PASSES = 3
 
@@ -39,7 +39,7 @@ def least_seconds(
     streamed = sum(streamed_reads(reads, resident, packed))
     later = problem.num_passes - 1
     units = [problem.units[unit] for block in blocks for unit in block]
-    share = _part_computed(problem, reads, resident)
+    share = part_computed(problem, reads, resident)
     return max(
         (sum(map(sum, reads)) + later * streamed) / bytes_per_second,
         sum(unit.first_seconds for unit in units) + later * share * sum(unit.next_seconds for unit in units),
@@ -98,11 +98,12 @@ def simulate(
     units = problem.units
     slots = [[n for unit in block for n in units[unit].slot_bytes] for block in blocks]
     reads = [[n for unit in block for n in units[unit].read_bytes] for block in blocks]
-    first = [sum(units[unit].first_seconds for unit in block) for block in blocks]
+    boundary = problem.boundary_seconds
+    first = [boundary + sum(units[unit].first_seconds for unit in block) for block in blocks]
     if first:
         first[0] += problem.cold_seconds
-    share = _part_computed(problem, reads, resident)
-    later = [share * sum(units[unit].next_seconds for unit in block) for block in blocks]
+    share = part_computed(problem, reads, resident)
+    later = [boundary + share * sum(units[unit].next_seconds for unit in block) for block in blocks]
     unpacks = [
         [seconds / problem.num_cores for unit in block for seconds in _unpack_seconds(units[unit])] for block in blocks
     ]
@@ -170,8 +171,8 @@ def simulate(
     )
 
 
-def _part_computed(problem: Problem, reads: Sequence[Sequence[int]], resident: Sequence[Set[int]]) -> float:
-    """Of the units' seconds, what they take where only what does not stay streams."""
+def part_computed(problem: Problem, reads: Sequence[Sequence[int]], resident: Sequence[Set[int]]) -> float:
+    """Of the units' seconds, what they take where only what does not stay streams. `reads`: of each block's loads."""
     kept = sum(reads[block][load] for block, loads in enumerate(resident[: len(reads)]) for load in loads)
     streamed = 1.0 - kept / max(1, sum(map(sum, reads)))
     return problem.quiet + (1.0 - problem.quiet) * streamed

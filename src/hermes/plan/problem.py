@@ -52,6 +52,7 @@ class Problem:
             more than reading the same bytes from disk, so that a single pass is fastest with little memory.
         num_cores: that Loading Agents unpack on, at most one each.
         quiet: part of the units' `next_seconds` that they take where no weights stream.
+        boundary_seconds: that each block of a pass takes besides its units' seconds.
         cold_seconds: that the first pass computes longer than the units' `first_seconds`.
         unpacking_slows_compute: False where the seconds of units were measured while agents unpacked what they read;
             unpacking what stays packed always does.
@@ -70,6 +71,7 @@ class Problem:
     touch_seconds_per_byte: Sequence[float] = ()
     num_cores: int = 1
     quiet: float = 1.0
+    boundary_seconds: float = 0.0
     cold_seconds: float = 0.0
     unpacking_slows_compute: bool = True
 

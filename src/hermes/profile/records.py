@@ -122,6 +122,7 @@ class Profile:
         units: in the order of a pass.
         quiet: by tokens in the pass, the part of the units' seconds that they take while no agent reads: products of
             few tokens do little but read memory, which agents write to meanwhile.
+        boundary_seconds: between the computing of one block and of the next one, which is there; 0 if not measured.
         speed: operations a second of linear layers of as many tokens meanwhile; 0 where it was not measured.
         cold_seconds: that a process's first pass computes longer than later ones: code that was never run, buffers that
             kernels make once.
@@ -147,6 +148,7 @@ class Profile:
     streaming_bytes_per_second: float = 0.0
     units: tuple[UnitRecord, ...]
     quiet: tuple[tuple[int, float], ...] = ()
+    boundary_seconds: float = 0.0
     speed: float = 0.0
     cold_seconds: float = 0.0
     code: Code = field(default_factory=dict)

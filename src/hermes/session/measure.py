@@ -42,6 +42,7 @@ MEASURED_AGENTS = (1, 2, 4)
 SHORTER = 8
 """A text encoder is also measured on sequences shorter by this factor."""
 ROUNDS = 3
+QUIET_ROUNDS = 2
 WINDOW_UNITS = 4
 UNBOUNDED = 2**62
 
@@ -145,7 +146,8 @@ def measure_calls(
 ) -> Profile:
     """An estimate whose seconds of computing are measured, by so many calls of `call(module)` after a cold one.
 
-    The disk is sampled as for an estimate, while nothing else uses it. Blocking, for about as long as reading the
+    And, by a few more in the sequential engine, what they are while nobody reads. The disk is sampled as for an
+    estimate, while nothing else uses it. Blocking, for about as long as reading the
     weights takes in each round. Raises ReadError, BudgetError where this process would outgrow `limit_bytes`, and
     whatever `call` raises.
     """
@@ -153,18 +155,33 @@ def measure_calls(
     with prepared.reader() as reader:
         factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
         profile = estimate_profile(prepared, reader, factory, floor_bytes=floor_bytes, calibration=calibration)
-    rows = []
+    num_units = len(prepared.partition.units)
+    rows, between, alone = [], [], []
     with _start(prepared, 2, sequential=False, limit_bytes=limit_bytes) as session, torch.no_grad():
         for _ in range(1 + rounds):
             call(prepared.module)
-            rows.append(_by_unit(session, len(prepared.partition.units))[1])
+            rows.append(_by_unit(session, num_units)[1])
+            stats = session.stats
+            between.append(stats.pass_seconds[-1] - stats.pass_stall_seconds[-1] - sum(rows[-1]))
+    with _start(prepared, 2, sequential=True, limit_bytes=limit_bytes) as session, torch.no_grad():
+        for _ in range(QUIET_ROUNDS):
+            call(prepared.module)
+            alone.append(sum(_by_unit(session, num_units)[1]))
     tokens = prepared.workload.batch_size * prepared.workload.sequence_length
     seconds = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
+    quiet = min(1.0, max(min(alone), 1e-9) / max(sum(seconds), 1e-9))
     units = tuple(
         replace(unit, compute=ComputeRecord(samples=((tokens, cost),)))
         for unit, cost in zip(profile.units, seconds, strict=True)
     )
-    return replace(profile, units=units, measured=True, delays=fit_delays(block_samples(units, tokens)))
+    return replace(
+        profile,
+        units=units,
+        quiet=((tokens, quiet),),
+        boundary_seconds=max(0.0, statistics.median(between[1:])) / max(1, prepared.partition.num_in_pass),
+        measured=True,
+        delays=fit_delays(block_samples(units, tokens)),
+    )
 
 
 def _measured_passes(prepared: Prepared, session: Session) -> Iterator[tuple[int, list[float], list[float]]]:

@@ -219,6 +219,7 @@ class Prepared:
             touch_seconds_per_byte=profile.touch_seconds_per_byte,
             num_cores=torch.get_num_threads(),
             quiet=profile.quiet_share(workload.batch_size if workload.max_new_tokens else prompt_tokens),
+            boundary_seconds=profile.boundary_seconds,
             cold_seconds=profile.cold_seconds,
             unpacking_slows_compute=not profile.measured,
         )
