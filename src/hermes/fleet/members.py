@@ -232,7 +232,9 @@ def _resident(
             groups[0 if nbytes <= SMALL_BYTES else 1 if late[block] else 2][block].add(load)
     kept: list[Set[int]] = [frozenset() for _ in slots]
     for group in groups:
-        sizes = [[n if load in group[block] else 0 for load, n in enumerate(loads)] for block, loads in enumerate(slots)]
+        sizes = [
+            [n if load in group[block] else 0 for load, n in enumerate(loads)] for block, loads in enumerate(slots)
+        ]
         chosen = [new & group[block] for block, new in enumerate(spread(sizes, max(0, budget_bytes)))]
         budget_bytes -= sum(slots[block][load] for block, loads in enumerate(chosen) for load in loads)
         kept = [had | new for had, new in zip(kept, chosen, strict=True)]
