@@ -1,0 +1,68 @@
+"""What of a model stays in its quota."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hermes.fleet.members import SMALL_BYTES, WINDOWS, Candidate, make_member, need_of
+from hermes.pipeload import smallest_ring
+from hermes.plan import Bandwidth, Problem, UnitCost
+
+MIB = 2**20
+
+
+def problem_of(sizes: list[int], seconds: list[float], quiet: float) -> Problem:
+    units = [
+        UnitCost(name=str(number), slot_bytes=(n,), read_bytes=(n,), first_seconds=s, next_seconds=s)
+        for number, (n, s) in enumerate(zip(sizes, seconds, strict=True))
+    ]
+    alone = [[number] for number in range(len(units))]
+    return Problem(
+        units=units,
+        num_in_pass=len(units),
+        groups=dict.fromkeys({granularity for granularity, _ in WINDOWS}, alone),
+        bandwidths=[Bandwidth(num_agents=2, piece_bytes=MIB, bytes_per_second=1e9)],
+        floor_bytes=0,
+        heap_bytes=0,
+        pinned_bytes=3 * MIB,
+        buffer_bytes=0,
+        num_passes=10,
+        quiet=quiet,
+        boundary_seconds=1e-4,
+    )
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    sizes = draw(st.lists(st.sampled_from([MIB // 4, MIB, 4 * MIB, 9 * MIB, 24 * MIB]), min_size=1, max_size=30))
+    seconds = draw(st.lists(st.floats(1e-4, 0.05), min_size=len(sizes), max_size=len(sizes)))
+    return problem_of(sizes, seconds, draw(st.floats(0.5, 1.0)))
+
+
+@given(problems(), st.sampled_from(WINDOWS), st.floats(0.0, 1.0))
+def test_a_member_fits_its_quota_and_keeps_small_loads_first(problem, window, share):
+    need = need_of(problem, window)
+    quota = need.least_bytes + int(share * (need.most_bytes - need.least_bytes))
+    member = make_member(Candidate(problem=problem, activation_bytes=0), quota, window, 1e9, patience_seconds=1.0)
+    sizes = [loads[0] for loads in member.slots]
+    kept = [number for number, loads in enumerate(member.resident) if loads]
+    streamed = [number for number in range(len(sizes)) if number not in kept]
+    held = problem.pinned_bytes + sum(sizes[number] for number in kept)
+    assert held + (member.ring_bytes if streamed else 0) <= max(quota, need.least_bytes)
+    assert smallest_ring([[sizes[number]] for number in streamed]) <= member.ring_bytes
+    if any(sizes[number] <= SMALL_BYTES for number in streamed):
+        # nothing larger stays but blocks that the window does not hold
+        assert all(sizes[number] <= SMALL_BYTES or sizes[number] > member.ring_bytes / window[1] for number in kept)
+
+
+def test_reading_less_computes_faster():
+    problem = problem_of([4 * MIB] * 10, [0.01] * 10, 0.8)
+    need = need_of(problem, WINDOWS[0])
+
+    def seconds(quota: int) -> float:
+        member = make_member(
+            Candidate(problem=problem, activation_bytes=0), quota, WINDOWS[0], 1e9, patience_seconds=1.0
+        )
+        return sum(member.block_seconds)
+
+    assert abs(seconds(need.most_bytes) - (0.8 * 0.1 + 10e-4)) < 1e-9
+    assert seconds(need.least_bytes) > seconds((need.least_bytes + need.most_bytes) // 2) > seconds(need.most_bytes)
