@@ -31,6 +31,8 @@ def markdown(document: dict) -> str:
         "- *At once*: requests under way. SwapNet's rotation goes block by block round all models, as many as fit.",
         "- *Identical*: every output has the bits of the plain resident module's.",
         "- *Disturbed*: share of the cores that other processes took meanwhile, where it is more than 3 %.",
+        "- *Source*: the commit that the row was made with. Rows of different ones are from different days and processors:",
+        "  their ratios may be compared, their seconds not.",
         "",
     ]
     for scenario, reference in document["references"].items():
@@ -54,14 +56,14 @@ def _scenario(scenario: str, reference: dict, rows: list[dict]) -> list[str]:
         f"Resident: {resident['requests']} requests in {resident['seconds']:.1f} s{_disturbed(resident)}.",
         "",
         "| cap, MiB (of demand) | policy, at once | requests | identical | OOM kills | peak, MiB (of cap + floor) "
-        "| makespan, s | overhead | bound, s | over bound | predicted, s | read a round, MiB |",
-        "|---" * 12 + "|",
+        "| makespan, s | overhead | bound, s | over bound | predicted, s | read a round, MiB | source |",
+        "|---" * 13 + "|",
     ]
     for row in rows:
         cap = f"{row['cap_bytes'] / MIB:.0f} ({row['cap_bytes'] / demand:.0%}{', SwapNet' * (row['cap'] == 'paper')})"
         cap += "" if row["disk"] == FREE else f", disk {row['disk']} MB/s"
         if "error" in row:
-            lines.append(f"| {cap} | {row['policy']} | {row['error']} | | | {row['oom_kills']} | | | | | | |")
+            lines.append(f"| {cap} | {row['policy']} | {row['error']} | | | {row['oom_kills']} | | | | | | | {row['commit']} |")
             continue
         rounds = row["requests"] // len(names)
         bound = _bound_seconds(reference, row)
@@ -81,6 +83,7 @@ def _scenario(scenario: str, reference: dict, rows: list[dict]) -> list[str]:
             f"{row['seconds'] / bound - 1:+.1%}",
             f"{row['predicted_seconds']:.1f} ({row['predicted_seconds'] / row['seconds'] - 1:+.0%})",
             f"{read / MIB:.0f}",
+            row["commit"],
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     fine = [row for row in rows if "error" not in row]
