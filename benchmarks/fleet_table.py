@@ -31,8 +31,8 @@ def markdown(document: dict) -> str:
         "- *At once*: requests under way. SwapNet's rotation goes block by block round all models, as many as fit.",
         "- *Identical*: every output has the bits of the plain resident module's.",
         "- *Disturbed*: share of the cores that other processes took meanwhile, where it is more than 3 %.",
-        "- *Source*: the commit that the row was made with. Rows of different ones are from different days and processors:",
-        "  their ratios may be compared, their seconds not.",
+        "- *Source*: the commit that the row was made with. Rows of different ones are from different days and",
+        "  processors: their ratios may be compared, their seconds not.",
         "",
     ]
     for scenario, reference in document["references"].items():
@@ -63,7 +63,9 @@ def _scenario(scenario: str, reference: dict, rows: list[dict]) -> list[str]:
         cap = f"{row['cap_bytes'] / MIB:.0f} ({row['cap_bytes'] / demand:.0%}{', SwapNet' * (row['cap'] == 'paper')})"
         cap += "" if row["disk"] == FREE else f", disk {row['disk']} MB/s"
         if "error" in row:
-            lines.append(f"| {cap} | {row['policy']} | {row['error']} | | | {row['oom_kills']} | | | | | | | {row['commit']} |")
+            lines.append(
+                f"| {cap} | {row['policy']} | {row['error']} | | | {row['oom_kills']} | | | | | | | {row['commit']} |"
+            )
             continue
         rounds = row["requests"] // len(names)
         bound = _bound_seconds(reference, row)

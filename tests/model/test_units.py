@@ -1,5 +1,7 @@
 """Blocks of units: every unit once and in order, and what each granularity promises."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,7 +44,7 @@ def test_units_that_could_be_joined_are(made):
     parts, nbytes = made
     blocks = group_units(parts, "joined", nbytes)
     assert parts.num_in_pass in [0, len(nbytes), *(block[0] for block in blocks)]
-    for block, following in zip(blocks, blocks[1:], strict=False):
+    for block, following in itertools.pairwise(blocks):
         both = [*block, following[0]]
         assert (
             any(parts.units[unit].rows for unit in both)
