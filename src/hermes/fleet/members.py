@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hermes.fleet.predict import Member, predict
 from hermes.fleet.quota import Need
 from hermes.pipeload import smallest_ring
-from hermes.plan import Bandwidth, Problem, part_computed, spread
+from hermes.plan import Bandwidth, Problem, part_computed, spread, spread_over
 
 __all__ = [
     "WINDOWS",
@@ -232,10 +232,7 @@ def _resident(
             groups[0 if nbytes <= SMALL_BYTES else 1 if late[block] else 2][block].add(load)
     kept: list[Set[int]] = [frozenset() for _ in slots]
     for group in groups:
-        sizes = [
-            [n if load in group[block] else 0 for load, n in enumerate(loads)] for block, loads in enumerate(slots)
-        ]
-        chosen = [new & group[block] for block, new in enumerate(spread(sizes, max(0, budget_bytes)))]
+        chosen = spread_over([frozenset(loads) for loads in group], slots, max(0, budget_bytes))
         budget_bytes -= sum(slots[block][load] for block, loads in enumerate(chosen) for load in loads)
         kept = [had | new for had, new in zip(kept, chosen, strict=True)]
     return [frozenset(loads) for loads in kept]

@@ -166,10 +166,11 @@ def group_units(parts: Partition, granularity: Granularity, nbytes: Sequence[int
 
 def _join(parts: Partition, nbytes: Sequence[int]) -> list[list[int]]:
     blocks: list[list[int]] = []
+    largest = max(nbytes, default=0)
     for number, unit in enumerate(parts.units):
         before = blocks[-1] if blocks and number != parts.num_in_pass else []
         whole = unit.rows is None and all(parts.units[other].rows is None for other in before)
-        if before and whole and smallest_ring([[nbytes[other] for other in (*before, number)]]) <= max(nbytes):
+        if before and whole and smallest_ring([[nbytes[other] for other in (*before, number)]]) <= largest:
             before.append(number)
         else:
             blocks.append([number])

@@ -2,7 +2,7 @@
 
 from hermes.plan.cost import Prediction, part_computed, simulate
 from hermes.plan.problem import TOUCH_STEP_BYTES, Bandwidth, Plan, Problem, UnitCost
-from hermes.plan.residency import spread
+from hermes.plan.residency import spread, spread_over
 from hermes.plan.search import make_plan, smallest_budget
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "simulate",
     "smallest_budget",
     "spread",
+    "spread_over",
 ]

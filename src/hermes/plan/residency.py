@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["spread"]
+__all__ = ["spread", "spread_over"]
 
 
 def spread(blocks: Sequence[Sequence[int]], budget_bytes: int) -> list[frozenset[int]]:
@@ -37,3 +37,12 @@ def spread(blocks: Sequence[Sequence[int]], budget_bytes: int) -> list[frozenset
             kept[block].add(load)
             left -= nbytes
     return [frozenset(loads) for loads in kept]
+
+
+def spread_over(chosen: Sequence[frozenset[int]], sizes: Sequence[Sequence[int]], nbytes: int) -> list[frozenset[int]]:
+    """`spread` over the chosen loads of each block alone."""
+    counted = [
+        [size if load in loads else 0 for load, size in enumerate(block)]
+        for loads, block in zip(chosen, sizes, strict=True)
+    ]
+    return [kept & loads for kept, loads in zip(spread(counted, nbytes), chosen, strict=True)]

@@ -9,7 +9,7 @@ from hermes.errors import BudgetError
 from hermes.pipeload import smallest_ring
 from hermes.plan.cost import Prediction, least_seconds, simulate, streamed_reads
 from hermes.plan.problem import Bandwidth, Plan, Problem
-from hermes.plan.residency import spread
+from hermes.plan.residency import spread, spread_over
 from hermes.units import format_budget, format_bytes
 
 __all__ = ["make_plan", "smallest_budget"]
@@ -195,10 +195,10 @@ def _layouts(
         if packs and any(len(kept) < len(loads) for kept, loads in zip(resident, slots, strict=True)):
             left_bytes = free_bytes - ring_bytes
             for share in PACKED_SHARES:
-                packed = _spread_over(packed_loads, reads, int(share * left_bytes))
+                packed = spread_over(packed_loads, reads, int(share * left_bytes))
                 packed_bytes = sum(reads[block][load] for block, loads in enumerate(packed) for load in loads)
                 others = [frozenset(range(len(loads))) - packed[block] for block, loads in enumerate(slots)]
-                resident = _spread_over(others, slots, left_bytes - packed_bytes)
+                resident = spread_over(others, slots, left_bytes - packed_bytes)
                 yield _Layout(ring_bytes=ring_bytes, resident=resident, packed=packed)
 
 
@@ -207,15 +207,6 @@ def _packed(problem: Problem, block: Sequence[int]) -> frozenset[int]:
     units = [problem.units[unit] for unit in block]
     seconds = [s for unit in units for s in unit.unpack_seconds or [0.0] * len(unit.slot_bytes)]
     return frozenset(load for load, s in enumerate(seconds) if s)
-
-
-def _spread_over(chosen: Sequence[frozenset[int]], sizes: Sequence[Sequence[int]], nbytes: int) -> list[frozenset[int]]:
-    """`spread` over the chosen loads of each block alone."""
-    counted = [
-        [size if load in loads else 0 for load, size in enumerate(block)]
-        for loads, block in zip(chosen, sizes, strict=True)
-    ]
-    return [kept & loads for kept, loads in zip(spread(counted, nbytes), chosen, strict=True)]
 
 
 def _windows(

@@ -170,8 +170,11 @@ class Prepared:
         return [factory.block(self.partition.units[unit] for unit in units) for units in groups], block_of_unit
 
     def _groups(self, granularity: Granularity) -> list[list[int]]:
-        nbytes = [sum(self._nbytes(name, unit.rows) for name in unit.parameters) for unit in self.partition.units]
-        return group_units(self.partition, granularity, nbytes)
+        return group_units(self.partition, granularity, self._unit_bytes)
+
+    @cached_property
+    def _unit_bytes(self) -> list[int]:
+        return [self.sample(unit).nbytes for unit in self.partition.units]
 
     def problem(self, profile: Profile, factory: LoadFactory, *, floor_bytes: int) -> Problem:
         """The planner's view of this model with the costs of `profile`."""
