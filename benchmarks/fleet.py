@@ -102,7 +102,7 @@ def measure(scenario: str, options: argparse.Namespace, document: dict) -> None:
             what="fleet", kinds=kinds, policy=policy, rounds=rounds, budget_bytes=limit_bytes,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            beside, row = conduct(Path(folder), rounds, yardstick, run)
+            beside, row = conduct(Path(folder), rounds, (yardstick, run))
         row["resident"] = {key: beside[key] for key in ("seconds", "turn_seconds", "model_seconds")}
         key = {"scenario": scenario, "cap": cap, "policy": policy, "disk": options.disk}
         row |= key | {"cap_bytes": cap_bytes, "limit_bytes": limit_bytes}

@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "examples" / "vision")]
 
+from reading import Reading  # noqa: E402
 from turns import in_turns  # noqa: E402
 
 MIB = 2**20
@@ -198,8 +199,13 @@ def make_fleet(weights: Path, kinds: list[str], *, limit_bytes: int, policy: str
     return fleet, inputs, names
 
 
-def resident(weights: Path, *, kinds: list[str], rounds: int, path: str | None = None) -> dict:
-    """Plain modules, all in memory, one request after the other in one thread: the swap-free yardstick."""
+def resident(
+    weights: Path, *, kinds: list[str], rounds: int, path: str | None = None, read_bytes: int = 0, window_bytes: int = 0
+) -> dict:
+    """Plain modules, all in memory, one request after the other in one thread: the swap-free yardstick.
+
+    With `read_bytes` as many are read beside each round, into a window of that size, and nobody needs them.
+    """
     import torch
     from cnns import MODELS
     from pictures import paint, tensor_of
@@ -211,6 +217,7 @@ def resident(weights: Path, *, kinds: list[str], rounds: int, path: str | None =
         module.load_state_dict(load_file(weights / f"{kind}.safetensors"))
         modules.append(module)
         inputs.append([tensor_of(paint(scene), MODELS[kind].side) for scene in SCENES])
+    reading = Reading([weights / f"{kind}.safetensors" for kind in kinds], read_bytes, window_bytes)
     with torch.no_grad():
         for module, pixels in zip(modules, inputs, strict=True):
             digests.append([digest(module(x)) for x in pixels])  # and the kernels are warm
@@ -219,11 +226,13 @@ def resident(weights: Path, *, kinds: list[str], rounds: int, path: str | None =
         for count in in_turns(path, rounds):
             with Watch() as watch:
                 for number in range(count):
+                    reading.start()
                     for index, module in enumerate(modules):
                         start = time.perf_counter()
                         output = module(inputs[index][number % 3])
                         seconds[index].append(time.perf_counter() - start)
                         digest(output)  # as the fleet's clients do
+                    reading.wait()
             turns.append(watch)
     return {
         "digests": digests,

@@ -1,4 +1,4 @@
-"""Two processes that are measured in turns, a few rounds each, so that both have the machine's speed of those seconds.
+"""Processes that are measured in turns, a few rounds each, so that all have the machine's speed of those seconds.
 
 Two pipes with names for each: on `go` comes a line for every turn, on `done` goes one when it is over, and one before
 the first. Whoever waits for its turn does nothing.
@@ -7,7 +7,7 @@ the first. Whoever waits for its turn does nothing.
 import os
 import select
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 __all__ = ["ROUNDS", "conduct", "in_turns"]
@@ -31,12 +31,12 @@ def in_turns(path: str | None, rounds: int) -> Iterator[int]:
             done.write("over\n")
 
 
-def conduct(folder: Path, rounds: int, first: Callable[..., dict], second: Callable[..., dict]) -> tuple[dict, dict]:
-    """What both return, each called in a thread with the `path` of its pipes; the second once the first is ready.
+def conduct(folder: Path, rounds: int, calls: Sequence[Callable[..., dict]]) -> list[dict]:
+    """What all return, each called in a thread with the `path` of its pipes, once those before it are ready.
 
-    Should one end early, by an error that it returns, the other goes on alone.
+    Should one end early, by an error that it returns, the others go on without it.
     """
-    answers: list[dict] = [{}, {}]
+    answers: list[dict] = [{} for _ in calls]
     threads: list[threading.Thread] = []
     pipes: list[tuple[int, int]] = []
 
@@ -46,7 +46,7 @@ def conduct(folder: Path, rounds: int, first: Callable[..., dict], second: Calla
                 os.read(pipes[number][1], 64)
                 return
 
-    for number, call in enumerate((first, second)):
+    for number, call in enumerate(calls):
         path = folder / str(number)
         for end in ("go", "done"):
             os.mkfifo(f"{path}.{end}")
@@ -59,11 +59,11 @@ def conduct(folder: Path, rounds: int, first: Callable[..., dict], second: Calla
         threads[-1].start()
         over(number)
     for _ in range(0, rounds, ROUNDS):
-        for number in (1, 0):
+        for number in reversed(range(len(calls))):
             os.write(pipes[number][0], b"go\n")
             over(number)
     for thread in threads:
         thread.join()
     for fd in [fd for pair in pipes for fd in pair]:
         os.close(fd)
-    return answers[0], answers[1]
+    return answers

@@ -132,7 +132,7 @@ def test_fetch_goes_before_everything_that_is_queued(bench, eventually):
     memory = Arena(run.extra.slot_bytes)
     fetcher = threading.Thread(target=run.engine.fetch, args=([(run.extra, memory.view)],))
     fetcher.start()
-    eventually(lambda: run.engine._agents._queue[0][0].load is run.extra)
+    eventually(lambda: run.engine._line.queue[0][0].load is run.extra)
     run.reader.gate.set()
     fetcher.join()
     waiter.join()

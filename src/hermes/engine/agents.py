@@ -14,7 +14,9 @@ from hermes.errors import EngineError, HermesError, ReadError
 from hermes.memory.arena import Arena
 from hermes.pipeload.loads import Load, Piece
 
-__all__ = ["LoadingAgents", "Ticket"]
+__all__ = ["Line", "LoadingAgents", "Ticket"]
+
+_NO_BUFFER = memoryview(b"")
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -40,41 +42,112 @@ class Ticket:
 
 
 class LoadingAgents:
-    """`num_agents` threads that share one queue of pieces, so that several fetch one block together (PIPELOAD stage 2).
+    """`num_agents` threads that read pieces, several of one block together (PIPELOAD stage 2).
 
-    Blocking: `submit` never blocks; `close` waits for the reads under way. An error stops the agent, is given to
-    `on_error`, and nothing more is read. `stats.bytes_read` is theirs to count.
+    They serve one engine, or all engines that share a disk: each has a `Line` in which its pieces wait. `close`, once
+    the lines are closed, ends the threads.
     """
 
-    def __init__(
-        self,
-        reader: Reader,
-        *,
-        num_agents: int,
-        buffer_bytes: int,
-        on_error: Callable[[BaseException], None],
-        on_read: Callable[[str, Ticket, int, float, float], None] | None,
-        stats: EngineStats,
-        clock: Callable[[], float],
-    ) -> None:
-        self._reader = reader
-        self._stats = stats
-        self._on_error = on_error
-        self._on_read = on_read
-        self._clock = clock
-        self._queue: deque[tuple[Ticket, Piece | None]] = deque()
+    def __init__(self, num_agents: int) -> None:
+        self.num_agents = num_agents
+        self.lock = threading.Lock()
+        self.idle = threading.Condition(self.lock)
+        """Told when a line that is closing has one piece less under way."""
         # An entry for each piece that was ever queued, and one for each agent at the end. Unlike a condition it waits
         # and wakes without a line of Python: agents take their time from the cores that compute.
-        self._work: SimpleQueue[None] = SimpleQueue()
-        self._lock = threading.Lock()
+        self.work: SimpleQueue[None] = SimpleQueue()
+        self.lines: list[Line] = []
+        self._num_served = 0
         self._closed = False
-        self._buffers = [Arena(buffer_bytes) for _ in range(num_agents)] if buffer_bytes else []
         self._threads = [
             threading.Thread(target=self._run, args=(number,), name=f"hermes-loader-{number}", daemon=True)
             for number in range(num_agents)
         ]
         for thread in self._threads:
             thread.start()
+
+    def close(self) -> None:
+        """End the threads, after the reads under way. Idempotent."""
+        with self.lock:
+            self._closed = True
+        for _ in self._threads:
+            self.work.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        while (item := self._next()) is not None:
+            line, ticket, piece = item
+            line.serve(number, ticket, piece)
+            del item, line, ticket, piece
+
+    def _next(self) -> "tuple[Line, Ticket, Piece | None] | None":
+        """Blocks until there is a piece; None at the end."""
+        while True:
+            self.work.get()
+            with self.lock:
+                if self._closed:
+                    return None
+                waiting = [line for line in self.lines if line.queue]
+                if waiting:  # else what this entry stood for was dropped
+                    line = waiting[0]
+                    if len(waiting) > 1:
+                        line = min(waiting, key=lambda one: (one.urgency(), one.served))
+                    self._num_served += 1
+                    line.served = self._num_served
+                    line.under_way += 1
+                    return line, *line.queue.popleft()
+
+
+class Line:
+    """Where the pieces of one engine wait for agents.
+
+    Blocking: `submit` never blocks; `close` waits for the reads under way. An error is given to `on_error`, and nothing
+    more is read for this line. `stats.bytes_read` is the agents' to count.
+
+    Args:
+        agents: who read.
+        reader: what they read with.
+        buffer_bytes: of each agent, for this line's pieces that cannot be read straight into place; 0: there are none.
+        on_error: called by the agent that failed.
+        on_read: called after each read, with the agent's name, its ticket, bytes, start and end.
+        stats: the engine's.
+        clock: of starts and ends.
+        urgency: of the lines that wait, that with the lowest number goes first, and among equals whoever was served
+            longest ago. Any agent may ask, at any time.
+
+    Attributes:
+        queue: what waits. This and the next two are guarded by the agents' lock.
+        under_way: pieces that agents are at.
+        served: how many pieces of all lines had been given out when this one had its last.
+    """
+
+    def __init__(
+        self,
+        agents: LoadingAgents,
+        reader: Reader,
+        *,
+        buffer_bytes: int,
+        on_error: Callable[[BaseException], None],
+        on_read: Callable[[str, Ticket, int, float, float], None] | None,
+        stats: EngineStats,
+        clock: Callable[[], float],
+        urgency: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.queue: deque[tuple[Ticket, Piece | None]] = deque()
+        self.under_way = 0
+        self.served = 0
+        self.urgency = urgency
+        self._agents = agents
+        self._reader = reader
+        self._on_error = on_error
+        self._on_read = on_read
+        self._stats = stats
+        self._clock = clock
+        self._closed = False
+        self._buffers = [Arena(buffer_bytes) for _ in range(agents.num_agents)] if buffer_bytes else []
+        with agents.lock:
+            agents.lines.append(self)
 
     def submit(self, tickets: Iterable[Ticket], *, urgent: bool = False) -> None:
         """Queue every piece of the tickets, in order; urgent ones before all that is queued. Dropped once closed."""
@@ -83,60 +156,63 @@ class LoadingAgents:
             parts = ticket.load.pieces or (None,)  # an empty tensor needs no read, but somebody must say it is done
             ticket.left = len(parts)
             pairs += [(ticket, part) for part in parts]
-        with self._lock:
+        with self._agents.lock:
             if self._closed:
                 return
             if urgent:
-                self._queue.extendleft(reversed(pairs))
+                self.queue.extendleft(reversed(pairs))
             else:
-                self._queue.extend(pairs)
+                self.queue.extend(pairs)
         for _ in pairs:
-            self._work.put(None)
+            self._agents.work.put(None)
 
     def close(self) -> None:
-        """Drop what is queued, wait for what is being read, end the threads. Idempotent."""
-        self._stop()
-        for thread in self._threads:
-            thread.join()
+        """Drop what is queued, and wait for what is being read. Idempotent."""
+        with self._agents.idle:
+            self._stop()
+            while self.under_way:
+                self._agents.idle.wait()
+            if self in self._agents.lines:
+                self._agents.lines.remove(self)
         for buffer in self._buffers:
             buffer.close()
         self._buffers = []
 
-    def _stop(self) -> None:
-        with self._lock:
-            self._closed = True
-            self._queue.clear()
-        for _ in self._threads:
-            self._work.put(None)
-
-    def _next(self) -> tuple[Ticket, Piece | None] | None:
-        self._work.get()
-        with self._lock:
-            return self._queue.popleft() if self._queue else None
-
-    def _run(self, number: int) -> None:
-        name = f"loader {number}"
-        buffer = self._buffers[number].view if self._buffers else memoryview(b"")
+    def serve(self, number: int, ticket: Ticket, piece: Piece | None) -> None:
+        """Agent `number` reads a piece that it was given, and says so if it was the ticket's last."""
         try:
-            while (item := self._next()) is not None:
-                ticket, piece = item
-                nbytes = 0
-                if piece is not None and not ticket.is_abandoned():
-                    start = self._clock()
-                    nbytes = self._read(ticket, piece, buffer)
-                    if self._on_read is not None:
-                        self._on_read(name, ticket, nbytes, start, self._clock())
-                with self._lock:
-                    self._stats.bytes_read += nbytes
-                    ticket.left -= 1
-                    done = ticket.left == 0
-                if done:
-                    _settle(ticket)
-                    ticket.on_done(ticket)
-                del item, ticket, piece
-        except BaseException as error:  # whatever stops an agent must stop the others, and be seen
-            self._stop()
+            nbytes = 0
+            if piece is not None and not ticket.is_abandoned():
+                start = self._clock()
+                nbytes = self._read(ticket, piece, self._buffers[number].view if self._buffers else _NO_BUFFER)
+                if self._on_read is not None:
+                    self._on_read(f"loader {number}", ticket, nbytes, start, self._clock())
+            with self._agents.lock:
+                self._stats.bytes_read += nbytes
+                ticket.left -= 1
+                done = ticket.left == 0
+                if not done:
+                    self._leave()
+            if done:
+                _settle(ticket)
+                ticket.on_done(ticket)
+                with self._agents.lock:
+                    self._leave()
+        except BaseException as error:  # whatever stops one read must stop the others, and be seen
+            with self._agents.lock:
+                self._stop()
             self._on_error(error)
+            with self._agents.lock:
+                self._leave()
+
+    def _leave(self) -> None:
+        self.under_way -= 1
+        if self._closed:
+            self._agents.idle.notify_all()
+
+    def _stop(self) -> None:
+        self._closed = True
+        self.queue.clear()
 
     def _read(self, ticket: Ticket, piece: Piece, buffer: memoryview) -> int:
         """Put a piece into place; the bytes that came from disk for it."""

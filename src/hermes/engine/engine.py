@@ -1,21 +1,26 @@
 """One engine for every run: it owns the arenas, the agents and the ledger, and carries out `Pipeline`'s orders.
 
 **Threads and locks.** The Inference Agent is whoever calls `want` and `end_pass`: one thread at a time. Loading Agents
-call `fetched` of a ticket; the Daemon Agent is in `daemon`. `_lock` guards the state machine, the ledger and the
+report what is fetched; the Daemon Agent is in `daemon`. `_lock` guards the state machine, the ledger and the
 statistics; it is never held over a read or a computation. The agents' own queue lock is taken inside it, never the
 other way round.
+
+What is fetched is noted without the lock, and taken in with the next event: it gives no room, so nothing that could be
+done waits for it, unless somebody waits for a block.
 """
 
 import copy
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from hermes.checkpoint.readers import Reader
-from hermes.engine.agents import LoadingAgents, Ticket
+from hermes.engine.agents import Line, LoadingAgents, Ticket
 from hermes.engine.config import EngineConfig
 from hermes.engine.daemon import DaemonAgent
 from hermes.engine.holdings import Holdings
+from hermes.engine.shelf import Shelved
 from hermes.engine.stats import EngineStats, Span
 from hermes.errors import EngineError, HermesError
 from hermes.memory.arena import Arena
@@ -48,6 +53,8 @@ class Engine:
         reader: closed with the engine.
         ledger: window, resident and buffer bytes are reserved here before any memory is taken.
         take_memory: gives so many bytes for what stays, then for the window.
+        agents: shared with other engines, and as many as `config` says; None: of its own.
+        urgency: of its reads among theirs.
 
     Attributes:
         is_settled: every load is resident and there. Who computes may then leave `want` out and set `held` instead,
@@ -68,6 +75,8 @@ class Engine:
         config: EngineConfig,
         clock: Callable[[], float] = time.perf_counter,
         take_memory: Callable[[int], Arena] = Arena,
+        agents: LoadingAgents | None = None,
+        urgency: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.stats = EngineStats()
         self.clock = clock
@@ -92,7 +101,7 @@ class Engine:
             self._pipeline,
             self.stats,
             self._take_in,
-            before_evicting=self._unsettle,
+            before_evicting=self._before_evicting,
             take_memory=take_memory,
         )
         self.store = self._holdings.store
@@ -107,14 +116,18 @@ class Engine:
         self._block_start = 0.0
         self.held: int | None = None
         self.is_settled = False
-        self._agents = LoadingAgents(
+        self._fetched: deque[tuple[int, Shelved | None]] = deque()  # visits, and what goes back to the shelf
+        self._agents = agents or LoadingAgents(config.num_agents)
+        self._owns_agents = agents is None
+        self._line = Line(
+            self._agents,
             reader,
-            num_agents=config.num_agents,
             buffer_bytes=config.buffer_bytes,
             on_error=self._fail,
             on_read=self._record_read if config.record else None,
             stats=self.stats,
             clock=clock,
+            urgency=urgency,
         )
         self._daemon = DaemonAgent(
             self._lock, self._holdings, ledger, config, self.stats, on_error=self._fail, clock=clock
@@ -158,7 +171,7 @@ class Engine:
         start = self.clock()
         with self._lock:
             self._raise_if_stopped()
-            self._agents.submit(tickets, urgent=True)
+            self._line.submit(tickets, urgent=True)
             try:
                 while left:
                     self._raise_if_stopped()
@@ -259,6 +272,7 @@ class Engine:
         """Begin to load a block before it is wanted; False where the window has no room to begin with. Never blocks."""
         with self._lock:
             self._raise_if_stopped()
+            self._take_in_fetched()
             if possible := self._pipeline.can_foresee():
                 self._take_in(BlockForeseen(block))
             return possible
@@ -266,6 +280,7 @@ class Engine:
     def is_there(self, block: int) -> bool:
         """Whether `want` would return at once."""
         with self._lock:
+            self._take_in_fetched()
             return self._pipeline.is_there(block)
 
     def release(self) -> None:
@@ -287,6 +302,7 @@ class Engine:
         """
         with self._lock:
             self._raise_if_stopped()
+            self._take_in_fetched()
             self._holdings.evict(self.ledger.reserved_bytes - budget_bytes)
             self.ledger.resize(max(budget_bytes, self.ledger.reserved_bytes))
             if self._config.elastic:
@@ -299,7 +315,9 @@ class Engine:
             self._closed.set()
             self.is_settled = False
             self._say_ready()
-        self._agents.close()
+        self._line.close()
+        if self._owns_agents:
+            self._agents.close()
         self._daemon.close()
         self.ring.close()
         self._holdings.close()
@@ -322,8 +340,9 @@ class Engine:
             self.stats.spans.append(Span("inference", f"block {self.held}", self._block_start, now, 0, self.held))
         self.held = self._asked = None
 
-    def _unsettle(self) -> None:
+    def _before_evicting(self) -> None:
         """Something may stream from now on; the block that is computed, which was not wanted, is held from now on."""
+        self._take_in_fetched()
         if self.is_settled:
             self.is_settled = False  # first: whoever names another block afterwards asks for it
             if self.held is not None:
@@ -355,20 +374,30 @@ class Engine:
                 case Discard():
                     self._holdings.discard(order.block, order.load)
         if tickets:
-            self._agents.submit(tickets)
+            self._line.submit(tickets)
 
-    def _take_in(self, event: Event) -> None:
-        self._carry_out(self._pipeline.on(event))
+    def _take_in(self, *events: Event) -> None:
+        fetched: list[Event] = []
+        while self._fetched:
+            visit, shelved = self._fetched.popleft()
+            if shelved is not None:
+                self._holdings.shelf.put_back(shelved)
+            fetched.append(LoadFetched(visit))
+        self._carry_out(self._pipeline.on(*fetched, *events))
+
+    def _take_in_fetched(self) -> None:
+        if self._fetched:
+            self._take_in()
 
     def _ticket(self, order: Fetch) -> Ticket:
         load = self._blocks[order.block][order.load]
         shelved = None if order.offset is None else self._holdings.shelf.take(order.block, order.load)
 
         def fetched(_: Ticket) -> None:
-            with self._lock:
-                if shelved is not None:
-                    self._holdings.shelf.put_back(shelved)
-                self._take_in(LoadFetched(order.visit))
+            self._fetched.append((order.visit, shelved))
+            if self._granted is None:  # asked after it is noted, as `_ask` says that it waits before it looks
+                with self._lock:
+                    self._take_in_fetched()
 
         def is_abandoned() -> bool:  # without the lock: the visit is there until this load is reported
             return order.offset is not None and self._pipeline.is_abandoned(order.visit)

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from torch import nn
 
+from hermes.engine import LoadingAgents
 from hermes.errors import BudgetError, InputError
-from hermes.fleet.disk import DiskTurns
 from hermes.fleet.lanes import Lanes, drop_kernel_threads
 from hermes.fleet.measuring import SCRATCH_SLOTS, SLACK_BYTES, factory_of, measure_candidate
 from hermes.fleet.members import Candidate
@@ -81,7 +81,7 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._plan: FleetPlan | None = None
         self._turns: Turns | None = None
-        self._disk: DiskTurns | None = None
+        self._agents: LoadingAgents | None = None
         self._shares: Shares | None = None
         self._lanes = Lanes()
         self._floor_bytes = 0
@@ -179,7 +179,7 @@ class Fleet:
                 raise InputError(f"there is no model {name!r}; there are {', '.join(self._candidates) or 'none'}")
             gone = self._workers.pop(name, None)
             if gone is not None:
-                turns, _, shares = self._running()
+                turns, shares = self._running()
                 turns.wait(name)
                 gone.pause()
                 shares.let_go(name)
@@ -261,6 +261,8 @@ class Fleet:
             for worker in self._workers.values():
                 worker.cancel()
                 worker.pause()
+            if self._agents is not None:
+                self._agents.close()
 
     def __enter__(self) -> Self:
         return self
@@ -278,17 +280,17 @@ class Fleet:
         if not importance > 0 or not (deadline_seconds is None or deadline_seconds > 0):
             raise InputError(f"{name}: importance {importance} and deadline {deadline_seconds} must be above 0")
 
-    def _running(self) -> tuple[Turns, DiskTurns, Shares]:
-        if self._turns is None or self._disk is None or self._shares is None:
+    def _running(self) -> tuple[Turns, Shares]:
+        if self._turns is None or self._shares is None:
             raise InputError("the fleet has not started; call start() first")
-        return self._turns, self._disk, self._shares
+        return self._turns, self._shares
 
     def _make_room(self, prepared: Prepared) -> None:
         """For measuring a model beside those that run: its smallest window twice, what is pinned, and computing."""
         slots = [sum(load.slot_bytes for load in block.loads) for block in _leaves(prepared)]
         pinned = sum(load.slot_bytes for load in factory_of(prepared).pinned(prepared.partition.pinned).loads)
         activations = prepared.trace.peak_bytes if prepared.trace is not None else UNTRACED_HEAP_BYTES
-        turns, _, shares = self._running()
+        turns, shares = self._running()
         try:
             shares.make_room((4 + SCRATCH_SLOTS) * max(slots, default=0) + pinned + activations)
         except BudgetError:  # not beside the others: they wait while it is measured
@@ -319,25 +321,33 @@ class Fleet:
         )
         if self._turns is None:
             self._turns = Turns(plan.policy, max_active=plan.max_active, lanes=self._lanes)
-            self._disk = DiskTurns(plan.num_reads)
             self._shares = Shares(limit_bytes, MARGIN_BYTES, self._turns, elastic=self._elastic)
-        turns, disk, shares = self._running()
+        turns, shares = self._running()
         turns.drain()
         shares.settle(plan.floor_bytes, plan.heap_bytes)
         for worker in self._workers.values():  # all give back before any takes: no byte is promised twice
             worker.pause()
+        agents = self._have_agents(plan.num_agents)
         for name in plan.plans:
             quota = shares.grant(name, plan.quotas[name])
             if name not in self._workers:
                 self._workers[name] = Worker(name, self._prepared[name], turns)
                 turns.join(name, plan.members[name].patience_seconds, self._workers[name].serve)
-            self._workers[name].start(plan.plans[name], quota, disk)
+            self._workers[name].start(plan.plans[name], quota, agents)
         self._plan = plan
         shares.watch(self._workers, plan.needs)
         hold_heap(plan.heap_bytes)
         drop_kernel_threads()
         self._lanes.open()
         turns.resume(plan.policy, plan.max_active)
+
+    def _have_agents(self, num_agents: int) -> LoadingAgents:
+        """So many; while no engine runs."""
+        if self._agents is not None and self._agents.num_agents != num_agents:
+            self._agents.close()
+            self._agents = None
+        self._agents = self._agents or LoadingAgents(num_agents)
+        return self._agents
 
 
 def _forward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], object]:

@@ -17,7 +17,6 @@ __all__ = [
     "cheapest",
     "make_member",
     "need_of",
-    "num_agents",
     "slots_of",
     "worth",
 ]
@@ -89,11 +88,6 @@ def best_bandwidth(bandwidths: Sequence[Bandwidth]) -> Bandwidth:
         (b for b in bandwidths if b.bytes_per_second >= AS_FAST * best),
         key=lambda b: (b.num_agents, -b.bytes_per_second),
     )
-
-
-def num_agents(problem: Problem) -> int:
-    """Loading Agents of the model."""
-    return best_bandwidth(problem.bandwidths).num_agents
 
 
 def need_of(problem: Problem, window: Window) -> Need:
@@ -239,7 +233,7 @@ def _resident(
 
 
 def _fixed_bytes(problem: Problem) -> int:
-    return problem.pinned_bytes + num_agents(problem) * problem.buffer_bytes
+    return problem.pinned_bytes + best_bandwidth(problem.bandwidths).num_agents * problem.buffer_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

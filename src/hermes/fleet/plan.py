@@ -1,7 +1,7 @@
 """Quotas, windows and policy of a fleet: few candidates, each predicted, the shortest makespan wins. Pure."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hermes.errors import BudgetError
 from hermes.fleet.members import (
@@ -12,7 +12,6 @@ from hermes.fleet.members import (
     cheapest,
     make_member,
     need_of,
-    num_agents,
     slots_of,
     worth,
 )
@@ -48,7 +47,7 @@ class FleetPlan:
         plans: each model's own, within its quota.
         members: the same for predictions.
         bytes_per_second: of the disk.
-        num_reads: at a time.
+        num_agents: Loading Agents, which all engines share.
         round_seconds: predicted of a steady round, one request of each model, for each policy that was tried.
         bound_seconds: of such a round: what computing takes, or reading what must be read again; the longer.
     """
@@ -64,7 +63,7 @@ class FleetPlan:
     plans: Mapping[str, Plan]
     members: Mapping[str, Member]
     bytes_per_second: float
-    num_reads: int
+    num_agents: int
     round_seconds: Mapping[Policy, float]
     bound_seconds: float
 
@@ -128,6 +127,7 @@ def plan_fleet(
     free = limit_bytes - margin_bytes - floor_bytes - slack_bytes
     rates = sorted(max(b.bytes_per_second for b in candidate.problem.bandwidths) for candidate in candidates.values())
     rate = rates[len(rates) // 2]
+    candidates = {name: _read_by(bandwidth, candidate) for name, candidate in candidates.items()}
     ways = _ways(candidates, free, policy, max_active)
     best: _Tried | None = None
 
@@ -152,6 +152,11 @@ def plan_fleet(
         for way in ways:
             take(way, cheapest(candidates, curves, way.weight_bytes))
     return _finish(candidates, best, budget_bytes, limit_bytes, floor_bytes, slack_bytes, rate, bandwidth, policy)
+
+
+def _read_by(bandwidth: Bandwidth, candidate: Candidate) -> Candidate:
+    """Agents are shared: each has a buffer for every model that needs one."""
+    return replace(candidate, problem=replace(candidate.problem, bandwidths=(bandwidth,)))
 
 
 def _ways(
@@ -304,7 +309,7 @@ def _finish(
         plans=plans,
         members=best.members,
         bytes_per_second=rate,
-        num_reads=bandwidth.num_agents,
+        num_agents=bandwidth.num_agents,
         round_seconds=seconds,
         bound_seconds=max(reading, sum(candidate.compute_seconds for candidate in candidates.values())),
     )
@@ -319,14 +324,15 @@ def _plan(
     kept = sum(slots[block][load] for block, loads in enumerate(resident) for load in loads)
     compute = sum(member.block_seconds)
     reading = member.pass_bytes / rate
-    agents = num_agents(problem)
+    fitting = member.ring_bytes // (2 * bandwidth.num_agents)
     return Plan(
         budget_bytes=quota_bytes,
         limit_bytes=quota_bytes,
         granularity=granularity,
-        num_agents=agents,
+        num_agents=bandwidth.num_agents,
         piece_bytes=min(
-            bandwidth.piece_bytes, max(PIECE_BYTES, member.ring_bytes // (2 * agents) // PIECE_BYTES * PIECE_BYTES)
+            bandwidth.piece_bytes,
+            max(PIECE_BYTES, member.ring_bytes // (2 * bandwidth.num_agents) // PIECE_BYTES * PIECE_BYTES),
         ),
         ring_bytes=member.ring_bytes,
         resident=resident,

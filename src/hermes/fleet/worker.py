@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from hermes.engine import LoadingAgents
 from hermes.errors import EngineError, HermesError
-from hermes.fleet.disk import DiskTurns, PacedReader
 from hermes.fleet.turns import Turns, TurnSource
 from hermes.memory.ledger import Ledger
 from hermes.plan import Plan
@@ -57,19 +57,24 @@ class Worker:
         self._turns = turns
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
 
-    def start(self, plan: Plan, quota: Ledger, disk: DiskTurns) -> None:
+    def start(self, plan: Plan, quota: Ledger, agents: LoadingAgents) -> None:
         """Begin to run with this plan; blocking until small weights are read. Where they cannot be, it has failed."""
         self.pause()
         if self.failure is None:
             try:
-                self._start(plan, quota, disk)
+                self._start(plan, quota, agents)
             except HermesError as error:
                 self.failure = error
 
-    def _start(self, plan: Plan, quota: Ledger, disk: DiskTurns) -> None:
-        reader = PacedReader(self.prepared.reader(), disk, lambda: self._turns.urgency(self.name))
+    def _start(self, plan: Plan, quota: Ledger, agents: LoadingAgents) -> None:
         self.session = start_session(
-            self.prepared, plan, reader, quota=quota, source=lambda engine: TurnSource(engine, self._turns, self.name)
+            self.prepared,
+            plan,
+            self.prepared.reader(),
+            quota=quota,
+            source=lambda engine: TurnSource(engine, self._turns, self.name),
+            agents=agents,
+            urgency=lambda: self._turns.urgency(self.name),
         )
 
     def submit(self, call: Callable[[Any], Any], deadline_seconds: float | None) -> "Future[Any]":

@@ -108,24 +108,25 @@ class Pipeline:
             self._push(block)
         return self._advance()
 
-    def on(self, event: Event) -> list[Order]:
-        """Take one event in; the orders that follow from it, in the order in which they are to be carried out."""
+    def on(self, *events: Event) -> list[Order]:
+        """Take events in; the orders that follow from them, in the order in which they are to be carried out."""
         orders: list[Order] = []
-        match event:
-            case BlockWanted(block):
-                self._want(block)
-            case LoadFetched(visit):
-                self._visits[visit].missing -= 1
-            case BlockDone():
-                self._release()
-            case BlockForeseen(block):
-                self._foresee(block)
-            case BlockForgotten(block):
-                self._forget(block)
-            case LoadEvicted(block, load):
-                orders += self._evict(block, load)
-            case LoadKept(block, load):
-                self._keep(block, load)
+        for event in events:
+            match event:
+                case BlockWanted(block):
+                    self._want(block)
+                case LoadFetched(visit):
+                    self._visits[visit].missing -= 1
+                case BlockDone():
+                    self._release()
+                case BlockForeseen(block):
+                    self._foresee(block)
+                case BlockForgotten(block):
+                    self._forget(block)
+                case LoadEvicted(block, load):
+                    orders += self._evict(block, load)
+                case LoadKept(block, load):
+                    self._keep(block, load)
         return orders + self._advance()
 
     def is_abandoned(self, visit: int) -> bool:

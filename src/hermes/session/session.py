@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hermes.checkpoint.readers import Reader
-from hermes.engine import Engine, EngineConfig, EngineStats
+from hermes.engine import Engine, EngineConfig, EngineStats, LoadingAgents
 from hermes.memory.allocator import grow_heap, hold_heap
 from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
@@ -80,12 +80,15 @@ def start_session(
     record: bool = False,
     quota: Ledger | None = None,
     source: Callable[[Engine], BlockSource] = lambda engine: engine,
+    agents: LoadingAgents | None = None,
+    urgency: Callable[[], float] = lambda: 0.0,
 ) -> Session:
     """Take the memory (first what was found for it), start the agents, bind the model; the reader is closed with it.
 
     With a `quota` the session is one of several in a budget: weights, window and buffers are reserved there, and floor
     and heap are the business of whoever gave it, who also watches real memory. `source` is what the model pulls its
-    blocks through: the engine itself, or something around it that decides whose turn it is.
+    blocks through: the engine itself, or something around it that decides whose turn it is. `agents` read for several
+    sessions, the one with the lowest number of `urgency` first; without them the session has its own.
 
     Raises:
         BudgetError: the plan does not fit its own limit any more.
@@ -121,6 +124,8 @@ def start_session(
             record=record,
         ),
         take_memory=Arena if warmed is None else warmed.take,
+        agents=agents,
+        urgency=urgency,
     )
     if warmed is not None:
         warmed.close()
