@@ -70,6 +70,8 @@ def fleet_run(weights: Path, *, kinds: list[str], policy: str, rounds: int, budg
     fleet, inputs, names = make_fleet(weights, kinds, limit_bytes=budget_bytes, policy=policy)
     digests: dict[str, list[str]] = {name: [""] * len(SCENES) for name in names}
     latencies: dict[str, list[float]] = {name: [] for name in names}
+    served: dict[str, list[float]] = {name: [] for name in names}
+    bytes_read = dict.fromkeys(names, 0)
 
     def client(name: str, count: int) -> None:
         for number in range(count):
@@ -93,16 +95,20 @@ def fleet_run(weights: Path, *, kinds: list[str], policy: str, rounds: int, budg
         started = time.perf_counter()
         loop(WARM_ROUNDS)
         warmed = time.perf_counter()
-        before = {name: one.bytes_read for name, one in fleet.report().models.items()}
         latencies = {name: [] for name in names}
         turns = []
         for count in in_turns(path, rounds):
+            loop(1)  # and nothing of it counts: it comes after idling
+            latencies = {name: seconds[: len(served[name])] for name, seconds in latencies.items()}
+            before = {name: one.bytes_read for name, one in fleet.report().models.items()}
             with Watch() as watch:
                 loop(count)
             turns.append(watch)
-        report = fleet.report()
-        answered = {name: fleet._workers[name].answered[-rounds:] for name in names}
-        served = {name: [one.ended_seconds - one.began_seconds for one in done] for name, done in answered.items()}
+            report = fleet.report()
+            for name in names:
+                done = fleet._workers[name].answered[-count:]
+                served[name] += [one.ended_seconds - one.began_seconds for one in done]
+                bytes_read[name] += report.models[name].bytes_read - before[name]
     cold, warm = (plan.predict(dict.fromkeys(names, n)) for n in (WARM_ROUNDS, WARM_ROUNDS + rounds))
     return {
         "requests": rounds * len(names),
@@ -125,9 +131,9 @@ def fleet_run(weights: Path, *, kinds: list[str], policy: str, rounds: int, budg
                 "latency_seconds": latencies[name],
                 "served_seconds": served[name],
                 "measured_alone_seconds": fleet.candidates[name].compute_seconds,
-                "bytes_read": one.bytes_read - before[name],
+                "bytes_read": bytes_read[name],
             }
-            for name, one in report.models.items()
+            for name in names
         },
         "digests": [digests[name] for name in names],
     }
@@ -224,6 +230,8 @@ def resident(
         seconds: list[list[float]] = [[] for _ in modules]
         turns = []
         for count in in_turns(path, rounds):
+            for module, pixels in zip(modules, inputs, strict=True):
+                module(pixels[0])  # after idling, as the fleet's first round
             with Watch() as watch:
                 for number in range(count):
                     reading.start()

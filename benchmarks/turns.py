@@ -13,7 +13,7 @@ from pathlib import Path
 __all__ = ["ROUNDS", "conduct", "in_turns"]
 
 ROUNDS = 5
-"""Of one turn. A fleet's windows are full when it begins, which is some per cent of what it reads in so many rounds."""
+"""Of one turn, after one that does not count: on a virtual machine, memory that has lain idle is slow at first."""
 LOOK_SECONDS = 0.2
 
 

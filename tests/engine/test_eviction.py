@@ -49,8 +49,7 @@ class Process:
 
 def test_heap_goes_back_before_the_limit_and_again_after_as_much_more(monkeypatch):
     held = {"weights": 0, "heap": 0}
-    monkeypatch.setattr("hermes.engine.daemon.mapped_bytes", lambda: 0)
-    monkeypatch.setattr("hermes.engine.daemon.resident_bytes", lambda: sum(held.values()))
+    monkeypatch.setattr("hermes.engine.daemon.resident_and_mapped_bytes", lambda: (sum(held.values()), 0))
     monkeypatch.setattr("hermes.engine.daemon.trim_heap", lambda: held.update(heap=0))
     working_set = WorkingSet()
 

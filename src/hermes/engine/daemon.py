@@ -12,7 +12,7 @@ from hermes.errors import BudgetError
 from hermes.memory.allocator import trim_heap
 from hermes.memory.ledger import Ledger
 from hermes.memory.pages import drop_read_around
-from hermes.memory.probe import Cgroup, find_cgroup, major_faults, mapped_bytes, resident_bytes
+from hermes.memory.probe import Cgroup, find_cgroup, major_faults, resident_and_mapped_bytes, resident_bytes
 from hermes.units import format_budget, format_bytes
 
 __all__ = [
@@ -52,9 +52,9 @@ class WorkingSet:
 
     def __call__(self) -> int:
         """Now; some microseconds."""
-        mapped = mapped_bytes()
+        resident, mapped = resident_and_mapped_bytes()
         self._mapped_bytes = max(self._mapped_bytes, mapped)
-        return resident_bytes() - mapped + self._mapped_bytes
+        return resident - mapped + self._mapped_bytes
 
     def trimmed(self, limit_bytes: int) -> int:
         """The same, free heap given back before it comes to the limit. Milliseconds, where there is any."""

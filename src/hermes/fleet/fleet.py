@@ -335,7 +335,7 @@ class Fleet:
                 turns.join(name, plan.members[name].patience_seconds, self._workers[name].serve)
             self._workers[name].start(plan.plans[name], quota, agents)
         self._plan = plan
-        shares.watch(self._workers, plan.needs)
+        shares.watch(self._workers, plan.needs, plan.round_seconds[plan.policy])
         hold_heap(plan.heap_bytes)
         drop_kernel_threads()
         self._lanes.open()

@@ -330,10 +330,7 @@ def _plan(
         limit_bytes=quota_bytes,
         granularity=granularity,
         num_agents=bandwidth.num_agents,
-        piece_bytes=min(
-            bandwidth.piece_bytes,
-            max(PIECE_BYTES, member.ring_bytes // (2 * bandwidth.num_agents) // PIECE_BYTES * PIECE_BYTES),
-        ),
+        piece_bytes=min(bandwidth.piece_bytes, max(PIECE_BYTES, fitting // PIECE_BYTES * PIECE_BYTES)),
         ring_bytes=member.ring_bytes,
         resident=resident,
         resident_bytes=kept,

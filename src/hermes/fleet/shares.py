@@ -15,7 +15,10 @@ __all__ = ["Shares"]
 ROOM_SECONDS = 5.0
 """Longer than a request holds on to a block."""
 IDLE_SECONDS = 1.0
-"""Without a request for so long, a model lends its bytes: shorter pauses would have it read them again and again."""
+IDLE_ROUNDS = 2.0
+"""Without a request for the longer of both, while others have some, a model lends its bytes. It reads again what it has
+lent, when it is back, so the others should have had some rounds in which they read less: who knows how long it stays
+away?"""
 
 
 class Shares:
@@ -34,6 +37,8 @@ class Shares:
         self._base: dict[str, int] = {}
         self._needs: Mapping[str, Need] = {}
         self._workers: dict[str, Worker] = {}
+        self._idle_seconds = 0.0
+        self._looked_at = 0.0
         self._busy_at: dict[str, float] = {}
         self._working_set = WorkingSet()
         self._lock = threading.Lock()
@@ -85,11 +90,13 @@ class Shares:
         lent = sum(self.ledger.accounts[_account(name)] - nbytes for name, nbytes in self._base.items())
         return self.ledger.reserved_bytes - lent
 
-    def watch(self, workers: Mapping[str, Worker], needs: Mapping[str, Need]) -> None:
-        """From now on these run with what was granted."""
+    def watch(self, workers: Mapping[str, Worker], needs: Mapping[str, Need], round_seconds: float) -> None:
+        """From now on these run with what was granted, and one request of each is expected to take so long."""
         with self._lock:
+            self._idle_seconds = max(IDLE_SECONDS, IDLE_ROUNDS * round_seconds)
             self._workers, self._needs = dict(workers), needs
-            self._busy_at = dict.fromkeys(workers, self._turns.clock())
+            self._looked_at = self._turns.clock()
+            self._busy_at = dict.fromkeys(workers, self._looked_at)
 
     def let_go(self, name: str) -> None:
         """Of a model whose engine is closed: its bytes are free, and nobody watches it any more."""
@@ -115,11 +122,14 @@ class Shares:
                         self._lend()
 
     def _lend(self) -> None:
-        now = self._turns.clock()
-        for name, worker in self._workers.items():
-            if worker.failure is None and self._turns.backlog(name):
-                self._busy_at[name] = now
-        busy = [name for name, at in self._busy_at.items() if now - at < IDLE_SECONDS]
+        now, before = self._turns.clock(), self._looked_at
+        self._looked_at = now
+        asked = [name for name, one in self._workers.items() if one.failure is None and self._turns.backlog(name)]
+        for name in asked or self._workers:
+            self._busy_at[name] = now if asked else self._busy_at[name] + now - before
+        if not asked:
+            return
+        busy = [name for name, at in self._busy_at.items() if now - at < self._idle_seconds]
         targets = lend(self._base, self._needs, busy)
         for name in sorted(targets, key=lambda name: targets[name] - self.ledger.accounts[_account(name)]):
             self._resize(name, targets[name])

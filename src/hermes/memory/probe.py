@@ -19,13 +19,13 @@ __all__ = [
     "available_bytes",
     "find_cgroup",
     "major_faults",
-    "mapped_bytes",
     "memory_pressure",
     "memory_split",
     "num_cores",
     "own_bytes",
     "peak_resident_bytes",
     "process_read_bytes",
+    "resident_and_mapped_bytes",
     "resident_bytes",
 ]
 
@@ -81,20 +81,20 @@ def resident_bytes() -> int:
 
     The kernel adds up per-CPU counters lazily here: true to within some hundred KiB. Off Linux, the peak.
     """
-    try:
-        with open("/proc/self/statm", "rb", buffering=0) as statm:
-            return int(statm.read().split()[1]) * _PAGE_BYTES
-    except OSError:
-        return peak_resident_bytes()
+    return resident_and_mapped_bytes()[0]
 
 
-def mapped_bytes() -> int:
-    """Of the resident set, pages of files and shared memory: what the system may take away. 0 off Linux."""
+def resident_and_mapped_bytes() -> tuple[int, int]:
+    """The same, and of it the pages of files and shared memory: what the system may take away. 0 of them off Linux."""
     try:
-        with open("/proc/self/statm", "rb", buffering=0) as statm:
-            return int(statm.read().split()[2]) * _PAGE_BYTES
+        statm = os.open("/proc/self/statm", os.O_RDONLY)
     except OSError:
-        return 0
+        return peak_resident_bytes(), 0
+    try:
+        _, resident, mapped, _ = os.read(statm, 256).split(maxsplit=3)
+    finally:
+        os.close(statm)
+    return int(resident) * _PAGE_BYTES, int(mapped) * _PAGE_BYTES
 
 
 def own_bytes() -> int:
