@@ -34,6 +34,7 @@ SCENARIOS = {
 }
 """SwapNet's budgets in MiB, and its models. Its FCN has 207 MB, which is FCN on ResNet-101; on ResNet-50 it is 135."""
 RESULTS = DOCS / "fleet.json"
+BESIDE_ROUNDS = 20
 QUIET = 0.03
 """Of the cores' time, that other processes may take during a run."""
 ATTEMPTS = 2
@@ -102,8 +103,10 @@ def measure(scenario: str, options: argparse.Namespace, document: dict) -> None:
             what="fleet", kinds=kinds, policy=policy, rounds=rounds, budget_bytes=limit_bytes,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            beside, row = conduct(Path(folder), rounds, (yardstick, run))
-        row["resident"] = {key: beside[key] for key in ("seconds", "turn_seconds", "model_seconds")}
+            plain, row = conduct(Path(folder), rounds, (yardstick, run))
+        row["resident"] = {key: plain[key] for key in ("seconds", "turn_seconds", "model_seconds")}
+        if "models" in row and cap == "paper":
+            row["beside"] = beside_reading(options.weights, kinds, row, rounds)
         key = {"scenario": scenario, "cap": cap, "policy": policy, "disk": options.disk}
         row |= key | {"cap_bytes": cap_bytes, "limit_bytes": limit_bytes}
         made = taken()
@@ -113,6 +116,16 @@ def measure(scenario: str, options: argparse.Namespace, document: dict) -> None:
         document["runs"] = [one for one in document["runs"] if not key.items() <= one.items()] + [row]
         save()
         print(*key.values(), {k: v for k, v in row.items() if k not in ("models", "quotas", *key)}, flush=True)
+
+
+def beside_reading(weights: Path, kinds: Sequence[str], row: dict, rounds: int) -> dict:
+    """Resident modules, and in turns with them the same beside which as many bytes are read as by the fleet."""
+    nbytes = sum(one["bytes_read"] for one in row["models"].values()) // rounds
+    run = partial(run_apart, weights, what="resident", kinds=kinds, rounds=BESIDE_ROUNDS)
+    with tempfile.TemporaryDirectory() as folder:
+        calls = (run, partial(run, read_bytes=nbytes, window_bytes=sum(row["windows"].values())))
+        plain, beside = conduct(Path(folder), BESIDE_ROUNDS, calls)
+    return {"turn_seconds": beside["turn_seconds"], "resident_turn_seconds": plain["turn_seconds"]}
 
 
 def run_accelerate(weights: Path, python: str, kinds: Sequence[str], capped: dict) -> dict:
