@@ -97,6 +97,22 @@ def test_an_error_stops_its_own_line_alone(shared):
     assert shared.agents.lines == []
 
 
+def test_an_agent_itself_may_close_a_line_and_end_the_agents(shared):
+    """As the garbage collector may have it do, which ends an engine in whatever thread it runs."""
+    line = shared.line("line")
+    ticket = shared.ticket()
+
+    def close(_):
+        line.close()
+        shared.agents.close()
+        shared.done.release()
+
+    ticket.on_done = close
+    shared.gate.set()
+    line.submit([ticket])
+    assert shared.done.acquire(timeout=10)
+
+
 def test_a_line_that_closes_waits_for_its_read_and_drops_the_rest(shared):
     line, other = shared.line("line"), shared.line("other")
     line.submit([shared.ticket(4)])

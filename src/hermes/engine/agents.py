@@ -50,7 +50,8 @@ class LoadingAgents:
 
     def __init__(self, num_agents: int) -> None:
         self.num_agents = num_agents
-        self.lock = threading.Lock()
+        # Reentrant, and whoever closes never waits for himself: the garbage collector may end an engine in any thread.
+        self.lock = threading.RLock()
         self.idle = threading.Condition(self.lock)
         """Told when a line that is closing has one piece less under way."""
         # An entry for each piece that was ever queued, and one for each agent at the end. Unlike a condition it waits
@@ -73,7 +74,8 @@ class LoadingAgents:
         for _ in self._threads:
             self.work.put(None)
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():
+                thread.join()
 
     def _run(self, number: int) -> None:
         while (item := self._next()) is not None:
@@ -95,7 +97,7 @@ class LoadingAgents:
                         line = min(waiting, key=lambda one: (one.urgency(), one.served))
                     self._num_served += 1
                     line.served = self._num_served
-                    line.under_way += 1
+                    line.under_way.add(threading.get_ident())
                     return line, *line.queue.popleft()
 
 
@@ -118,7 +120,7 @@ class Line:
 
     Attributes:
         queue: what waits. This and the next two are guarded by the agents' lock.
-        under_way: pieces that agents are at.
+        under_way: threads of the agents that are at a piece of it.
         served: how many pieces of all lines had been given out when this one had its last.
     """
 
@@ -135,7 +137,7 @@ class Line:
         urgency: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.queue: deque[tuple[Ticket, Piece | None]] = deque()
-        self.under_way = 0
+        self.under_way: set[int] = set()
         self.served = 0
         self.urgency = urgency
         self._agents = agents
@@ -170,7 +172,7 @@ class Line:
         """Drop what is queued, and wait for what is being read. Idempotent."""
         with self._agents.idle:
             self._stop()
-            while self.under_way:
+            while self.under_way - {threading.get_ident()}:
                 self._agents.idle.wait()
             if self in self._agents.lines:
                 self._agents.lines.remove(self)
@@ -206,7 +208,7 @@ class Line:
                 self._leave()
 
     def _leave(self) -> None:
-        self.under_way -= 1
+        self.under_way.discard(threading.get_ident())
         if self._closed:
             self._agents.idle.notify_all()
 
