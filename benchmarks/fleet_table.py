@@ -69,8 +69,7 @@ def _scenario(scenario: str, reference: dict, rows: list[dict]) -> list[str]:
             continue
         rounds = row["requests"] // len(names)
         bound = _bound_seconds(reference, row)
-        pairs = zip(row["turn_seconds"], row["resident"]["turn_seconds"], strict=True)
-        overhead = statistics.median(own / resident for own, resident in pairs)
+        overhead = _over(row["turn_seconds"], row["resident"]["turn_seconds"])
         read = sum(one["bytes_read"] for one in row["models"].values()) / rounds
         cells = [
             cap,
@@ -80,7 +79,7 @@ def _scenario(scenario: str, reference: dict, rows: list[dict]) -> list[str]:
             row["oom_kills"],
             f"{row['peak_bytes'] / MIB:.0f} ({row['peak_bytes'] / row['limit_bytes']:.1%})",
             f"{row['seconds']:.1f}{_disturbed(row)}",
-            f"{overhead - 1:+.1%}",
+            f"{overhead:+.1%}",
             f"{bound:.1f}",
             f"{row['seconds'] / bound - 1:+.1%}",
             f"{row['predicted_seconds']:.1f} ({row['predicted_seconds'] / row['seconds'] - 1:+.0%})",
@@ -95,16 +94,20 @@ def _scenario(scenario: str, reference: dict, rows: list[dict]) -> list[str]:
     return [*lines, *_alternatives(reference, fine), ""]
 
 
+def _over(turns: list[float], resident_turns: list[float]) -> float:
+    """How much longer the turns took than those beside them; the median."""
+    return statistics.median(own / resident for own, resident in zip(turns, resident_turns, strict=True)) - 1
+
+
 def _beside(rows: list[dict]) -> list[str]:
     """What reading alone costs."""
     lines = []
     for row in rows:
         if one := row.get("beside"):
-            pairs = zip(one["turn_seconds"], one["resident_turn_seconds"], strict=True)
-            ratio = statistics.median(own / resident for own, resident in pairs)
+            over = _over(one["turn_seconds"], one["resident_turn_seconds"])
             lines += [
                 f"Resident modules beside which as many bytes are read as with {_head(row)}, and nobody needs them: "
-                f"{ratio - 1:+.1%} over resident modules alone, in turns as above.",
+                f"{over:+.1%} over resident modules alone, in turns as above.",
                 "",
             ]
     return lines

@@ -37,9 +37,9 @@ class Shares:
         self._base: dict[str, int] = {}
         self._needs: Mapping[str, Need] = {}
         self._workers: dict[str, Worker] = {}
-        self._idle_seconds = 0.0
+        self._patience_seconds = IDLE_SECONDS
         self._looked_at = 0.0
-        self._busy_at: dict[str, float] = {}
+        self._idle_seconds: dict[str, float] = {}  # without a request, while others had some
         self._working_set = WorkingSet()
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -93,16 +93,16 @@ class Shares:
     def watch(self, workers: Mapping[str, Worker], needs: Mapping[str, Need], round_seconds: float) -> None:
         """From now on these run with what was granted, and one request of each is expected to take so long."""
         with self._lock:
-            self._idle_seconds = max(IDLE_SECONDS, IDLE_ROUNDS * round_seconds)
+            self._patience_seconds = max(IDLE_SECONDS, IDLE_ROUNDS * round_seconds)
             self._workers, self._needs = dict(workers), needs
             self._looked_at = self._turns.clock()
-            self._busy_at = dict.fromkeys(workers, self._looked_at)
+            self._idle_seconds = dict.fromkeys(workers, 0.0)
 
     def let_go(self, name: str) -> None:
         """Of a model whose engine is closed: its bytes are free, and nobody watches it any more."""
         with self._lock:
             self._workers.pop(name, None)
-            self._busy_at.pop(name, None)
+            self._idle_seconds.pop(name, None)
             if self._base.pop(name, None) is not None:
                 self.ledger.reserve(_account(name), 0)
 
@@ -125,11 +125,11 @@ class Shares:
         now, before = self._turns.clock(), self._looked_at
         self._looked_at = now
         asked = [name for name, one in self._workers.items() if one.failure is None and self._turns.backlog(name)]
-        for name in asked or self._workers:
-            self._busy_at[name] = now if asked else self._busy_at[name] + now - before
         if not asked:
             return
-        busy = [name for name, at in self._busy_at.items() if now - at < self._idle_seconds]
+        for name, seconds in self._idle_seconds.items():
+            self._idle_seconds[name] = 0.0 if name in asked else seconds + now - before
+        busy = [name for name, seconds in self._idle_seconds.items() if seconds < self._patience_seconds]
         targets = lend(self._base, self._needs, busy)
         for name in sorted(targets, key=lambda name: targets[name] - self.ledger.accounts[_account(name)]):
             self._resize(name, targets[name])
