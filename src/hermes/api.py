@@ -190,12 +190,14 @@ def plan(
 ) -> Plan:
     """What `load` with the same arguments would settle; no weights are kept. Raises as `load` does."""
     keep_heap_tight()
-    prepared = _prepare(model, workload or Workload(max_new_tokens=128), {**options, "profile": profile})
+    budget_bytes = parse_bytes(budget)
+    options |= {"profile": profile, "room_bytes": memory_limit(budget_bytes)}
+    prepared = _prepare(model, workload or Workload(max_new_tokens=128), options)
     with prepared.reader() as reader:
         settled, _ = settle_plan(
             prepared,
             reader,
-            parse_bytes(budget),
+            budget_bytes,
             num_agents=num_agents,
             granularity=granularity,
             resident_bytes=resident_bytes,

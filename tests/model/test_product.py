@@ -18,6 +18,7 @@ from hermes.memory.probe import resident_bytes
 from hermes.model import kernels, orders, product
 from hermes.model.orders import FLOAT_TOKENS, MOST_TOKENS, adds_like_torch, summing_block, sums_like_torch
 from hermes.model.product import PackedRows, can_stay_packed, finish
+from hermes.model.units import MATRIX_ROWS
 from hermes.pipeload import Place
 
 pytestmark = pytest.mark.skipif(native() is None, reason="the native decoder was not built")
@@ -80,6 +81,22 @@ def test_few_tokens(shape: tuple[int, int], tokens: int, stays: bool, monkeypatc
         got = packed_rows(weight, stays=stays).linear(x, given)
         assert got.shape == (1, tokens, shape[0])
         assert same(got, functional.linear(x, weight, given))
+
+
+@pytest.mark.parametrize("shape", [(1024, 512), (2304, 768), (1100, 4096), (512, 8192)])
+@pytest.mark.parametrize("tokens", [1, 2, 8, MOST_TOKENS, 17, 40, 128, 300])
+def test_ranges_of_rows_round_like_the_whole_matrix(shape: tuple[int, int], tokens: int) -> None:
+    """What lets matrices of bf16 stream in ranges (`session.prepare.RANGE_BYTES`)."""
+    weight = weights(*shape)
+    x = torch.randn(tokens, shape[1]).bfloat16()
+    for bias in (None, torch.randn(shape[0]).bfloat16()):
+        expected = functional.linear(x, weight, bias)
+        for rows in (MATRIX_ROWS, 3 * MATRIX_ROWS):
+            parts = [
+                product.linear(x, part, None if bias is None else bias[begin : begin + rows])
+                for begin, part in zip(range(0, shape[0], rows), weight.split(rows), strict=True)
+            ]
+            assert same(torch.cat(parts, dim=-1), expected)
 
 
 @multiplies

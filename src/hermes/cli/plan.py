@@ -88,6 +88,7 @@ def plan(
         dtype=api.torch_dtype(dtype),
         trust_remote_code=trust_remote_code,
         profile=profile,
+        room_bytes=memory_limit(budget_bytes or 0),
     )
     with prepared.reader() as reader:
         problem, known = api.pose_problem(prepared, reader)

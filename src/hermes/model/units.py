@@ -119,7 +119,9 @@ def partition(
             owned.setdefault(modules[0], []).append(name)
     for index, use in enumerate(uses):
         order.setdefault(use.module, index)
-    largest = max((nbytes[name] for names in owned.values() for name in names), default=0)
+    whole = [nbytes[name] for names in owned.values() for name in names]
+    cut_bytes = [min(matrix_bytes or 0, nbytes[tables.weight(name)]) for name in large_matrices]
+    largest = max([*whole, *cut_bytes], default=0)
     units: list[Unit] = []
     heads: dict[str, list[int]] = {}
     num_in_pass = 0
@@ -273,11 +275,12 @@ class _Tables:
         )
 
     def is_matrix_above(self, name: str, most_bytes: int | None) -> bool:
-        """A linear layer whose matrix has more bytes."""
+        """A linear layer whose matrix has more bytes, and more rows than a range has at least."""
         module = self.modules[name]
         return (
             most_bytes is not None
             and is_plain_linear(module)
+            and module.out_features > MATRIX_ROWS
             and self._is_plain(self.weight(name))
             and self.nbytes(self.weight(name)) > most_bytes
         )

@@ -19,7 +19,7 @@ __all__ = [
     "block_samples",
 ]
 
-PROFILE_VERSION = 9
+PROFILE_VERSION = 10
 DRIFT = 1.6
 """Two samples of one disk may differ by such a factor."""
 FEW_TOKENS = 16
@@ -191,16 +191,42 @@ class Profile:
     def compute_of(self, unit: str, like: BlockSample | None = None) -> ComputeRecord:
         """Cost of a unit by name; of one that was never measured, by the delay model for a block `like` it.
 
+        A matrix that was measured in other ranges of rows, or in ranges and now is whole, has its share of theirs.
         Raises ProfileError where there is no such model either.
         """
         if not self._by_name:
             self._by_name.update({record.name: record for record in self.units})
         if unit not in self._by_name:
+            if ranges := self._ranges_of(unit):
+                tokens = [tokens for tokens, _ in ranges[0][0].samples]
+                return ComputeRecord(
+                    samples=tuple((n, sum(share * one.seconds(n) for one, share in ranges)) for n in tokens)
+                )
             if like is not None and self.delays is not None and self.delays.t_ex is not None:
-                tokens = self.batch_size * self.sequence_length
-                return ComputeRecord(samples=((tokens, self.delays.t_ex.seconds(like)),))
+                tokens_in_pass = self.batch_size * self.sequence_length
+                return ComputeRecord(samples=((tokens_in_pass, self.delays.t_ex.seconds(like)),))
             raise ProfileError(f"the profile knows no unit {unit}; run `hermes profile` again")
         return self._by_name[unit].compute
+
+    def _ranges_of(self, unit: str) -> list[tuple[ComputeRecord, float]]:
+        """Costs of the measured ranges of rows that the unit overlaps, and the part of each that does."""
+        module, rows = _rows_of(unit)
+        measured = [(_rows_of(record.name), record.compute) for record in self.units]
+        found = []
+        for (other, theirs), compute in measured:
+            if other == module and theirs is not None:
+                begin, end = theirs
+                low, high = rows or theirs
+                if (overlap := min(end, high) - max(begin, low)) > 0:
+                    found.append((compute, overlap / (end - begin)))
+        return found
+
+
+def _rows_of(unit: str) -> tuple[str, tuple[int, int] | None]:
+    """Module and range of rows by a unit's name."""
+    module, bracket, rows = unit.rstrip("]").partition("[")
+    begin, _, end = rows.partition(":")
+    return module, (int(begin), int(end)) if bracket else None
 
 
 def block_samples(units: Sequence[UnitRecord], tokens: int) -> list[BlockSample]:

@@ -23,7 +23,16 @@ from hermes.model.product import can_stay_packed
 from hermes.model.rows import KEPT_BYTES, READ_BYTES
 from hermes.model.skeleton import build_skeleton, finish_skeleton
 from hermes.model.trace import Trace, trace_apart
-from hermes.model.units import GRANULARITIES, HEAD_ROWS, Granularity, Partition, Unit, group_units, partition
+from hermes.model.units import (
+    GRANULARITIES,
+    HEAD_ROWS,
+    MATRIX_ROWS,
+    Granularity,
+    Partition,
+    Unit,
+    group_units,
+    partition,
+)
 from hermes.plan import Bandwidth, Problem, UnitCost
 from hermes.profile import BlockSample, Profile, latest_profile
 from hermes.session.beside import Beside
@@ -40,6 +49,11 @@ PACKED_HEAP_BYTES = 16 * 2**20
 """Tables of chunks, pieces that know how to unpack them, and rows that are unpacked for a product."""
 QUANTIZED_HEAP_BYTES = 16 * 2**20
 """Rows of a quantised matrix that are made floats for a product, and what they pass through."""
+RANGE_BYTES = 8 * 2**20
+"""Ranges of rows that a matrix streams in, where its products round the same. A virtual disk fills a window of a few of
+them, which stays in the processor's caches, a third faster than one of a few hundred MiB."""
+PROCESS_BYTES = 256 * 2**20
+"""About what a process takes besides weights."""
 FORWARDS = 100
 """What is loaded from Python is planned to be used many times; what is run from the shell, once."""
 
@@ -69,14 +83,7 @@ class Prepared:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters and buffers that come from disk, in what they are computed with: quantised or not."""
-        tensors: dict[str, torch.Tensor] = {
-            **dict(self.module.named_parameters(remove_duplicate=False)),
-            **dict(self.module.named_buffers(remove_duplicate=False)),
-        }
-        return sum(
-            source.nbytes if source.quantized else tensors[name].numel() * tensors[name].element_size()
-            for name, source in self.weights.sources.items()
-        )
+        return _nbytes(self.module, self.weights)
 
     @property
     def heap_bytes(self) -> int:
@@ -237,6 +244,17 @@ def _unit_flops(trace: Trace, partition: Partition, unit: Unit) -> int:
     return flops * (unit.rows[1] - unit.rows[0]) // rows
 
 
+def _nbytes(module: nn.Module, weights: WeightMap) -> int:
+    tensors: dict[str, torch.Tensor] = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return sum(
+        source.nbytes if source.quantized else tensors[name].numel() * tensors[name].element_size()
+        for name, source in weights.sources.items()
+    )
+
+
 def _dtype_name(module: nn.Module) -> str:
     found = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
     return str(found).removeprefix("torch.")
@@ -257,12 +275,15 @@ def prepare_model(
     profile: str | Path | None = None,
     fresh: bool = False,
     limit_bytes: int = 0,
+    room_bytes: int = 0,
 ) -> Prepared:
     """Resolve, build and trace a transformers model. Reads headers and configuration, no weights.
 
     A workload longer than the model's context is cut to it. `profile` is a file to take costs and trace from, else the
     stored one, or with `fresh` none. With `limit_bytes` a run of this process within them is prepared: memory is found
-    for it meanwhile (`Beside`). Raises CheckpointError, ModelError, ProfileError.
+    for it meanwhile (`Beside`). `room_bytes` is the budget of a plan that nobody runs yet. Where neither holds all
+    weights, matrices of bf16 are cut into ranges of rows; `matrix_bytes` cuts those of any type that have more. Raises
+    CheckpointError, ModelError, ProfileError.
     """
     directory = resolve_model(model, revision=revision)
     if not directory.is_dir():
@@ -297,6 +318,9 @@ def prepare_model(
         if trace is None:
             beside.tracing()
             trace, tracing_bytes = _trace(skeleton, workload)
+        room_bytes = max(room_bytes, limit_bytes) - PROCESS_BYTES
+        if matrix_bytes is None and _dtype_name(skeleton) == "bfloat16" and _nbytes(skeleton, weights) > room_bytes:
+            head_rows, matrix_bytes = MATRIX_ROWS, RANGE_BYTES
         prepared = _prepared(skeleton, checkpoint, weights, trace, workload, directory, head_rows, matrix_bytes)
         if known is not None and not _covers(known, prepared, must=profile is not None):
             known = None

@@ -1,0 +1,71 @@
+"""Matrices of bf16 stream in ranges of rows: where not all fits, at the profile's price, and with the same bits."""
+
+import pytest
+import torch
+import transformers as hf
+
+import hermes
+from hermes.memory.probe import resident_bytes
+from hermes.model.units import MATRIX_ROWS
+from hermes.session import Workload, prepare, prepare_model
+
+IDS = torch.arange(3, 43)[None]
+WORKLOAD = Workload(sequence_length=40, max_new_tokens=4)
+SHAPE = {"hidden_size": 256, "intermediate_size": 900, "num_hidden_layers": 2, "num_attention_heads": 4}
+ROOM = 2**30
+"""For all of it, without its process."""
+WHOLE = {"down_proj", "q_proj", "k_proj", "v_proj", "o_proj"}
+"""Of no more rows than a range has."""
+
+
+def make(path, dtype):
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE, vocab_size=3000)).to(dtype).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def short_ranges(monkeypatch):
+    monkeypatch.setattr(prepare, "RANGE_BYTES", 2 * MATRIX_ROWS * SHAPE["hidden_size"])
+
+
+def ranges_of(prepared):
+    return {unit.name for unit in prepared.partition.units if unit.rows}
+
+
+def test_as_resident(tmp_path, monkeypatch):
+    path = make(tmp_path, torch.bfloat16)
+    monkeypatch.setattr(prepare, "PROCESS_BYTES", 2**40)  # so that no budget is one in which all fits
+    resident = hf.LlamaForCausalLM.from_pretrained(path)
+    generation = {"max_new_tokens": 4, "do_sample": False}
+    budget = resident_bytes() + 400 * 2**20
+    with torch.no_grad(), hermes.load(path, budget=budget, resident_bytes=0) as model:
+        found = ranges_of(model.hermes.prepared)
+        assert {name for name in found if name.startswith("model.layers.1.mlp.up_proj")} == {
+            f"model.layers.1.mlp.up_proj[{begin}:{min(begin + MATRIX_ROWS, 900)}]"
+            for begin in range(0, 900, MATRIX_ROWS)
+        }
+        assert not any(name.split("[")[0].rpartition(".")[2] in WHOLE for name in found)
+        assert torch.equal(model(IDS).logits, resident(IDS).logits)
+        assert torch.equal(model.generate(IDS, **generation), resident.generate(IDS, **generation))
+
+
+def test_only_where_not_all_fits_and_kernels_round_alike(tmp_path):
+    path = make(tmp_path / "bf16", torch.bfloat16)
+    assert ranges_of(prepare_model(path, workload=WORKLOAD))
+    assert ranges_of(prepare_model(path, workload=WORKLOAD, room_bytes=prepare.PROCESS_BYTES))
+    assert not ranges_of(prepare_model(path, workload=WORKLOAD, room_bytes=ROOM))
+    assert not ranges_of(prepare_model(make(tmp_path / "fp32", torch.float32), workload=WORKLOAD))
+
+
+def test_a_profile_of_ranges_knows_what_the_whole_matrix_costs(tmp_path):
+    path = make(tmp_path, torch.bfloat16)
+    found = hermes.profile(path, workload=WORKLOAD)
+    costs = {unit.name: unit.compute.seconds(1) for unit in found.units}
+    for unit in prepare_model(path, workload=WORKLOAD, room_bytes=ROOM).partition.units:
+        parts = [cost for name, cost in costs.items() if name.split("[")[0] == unit.module]
+        assert found.compute_of(unit.name).seconds(1) == pytest.approx(sum(parts))
+    up = "model.layers.0.mlp.up_proj"
+    half = found.compute_of(f"{up}[{MATRIX_ROWS // 2}:{2 * MATRIX_ROWS}]").seconds(1)
+    first, second = (costs[f"{up}[{begin}:{begin + MATRIX_ROWS}]"] for begin in (0, MATRIX_ROWS))
+    assert half == pytest.approx(first / 2 + second)
