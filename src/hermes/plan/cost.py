@@ -34,14 +34,20 @@ def least_seconds(
     bytes_per_second: float,
     packed: Sequence[Set[int]] = (),
 ) -> float:
-    """What `simulate` predicts at least for all passes: reading alone, or computing alone, without either waiting."""
+    """What `simulate` predicts at least for all passes: reading alone, or computing alone, without either waiting.
+
+    Memory that stays is touched while it is read into, once.
+    """
     reads = [[n for unit in block for n in problem.units[unit].read_bytes] for block in blocks]
     streamed = sum(streamed_reads(reads, resident, packed))
     later = problem.num_passes - 1
     units = [problem.units[unit] for block in blocks for unit in block]
     share = part_computed(problem, reads, resident)
+    slots = ([n for unit in block for n in problem.units[unit].slot_bytes] for block in blocks)
+    kept = sum(loads[load] for loads, stay in zip(slots, resident, strict=False) for load in stay)
     return max(
-        (sum(map(sum, reads)) + later * streamed) / bytes_per_second,
+        (sum(map(sum, reads)) + later * streamed) / bytes_per_second
+        + touch_seconds(problem.touch_seconds_per_byte, 0, kept),
         sum(unit.first_seconds for unit in units) + later * share * sum(unit.next_seconds for unit in units),
     )
 

@@ -113,7 +113,11 @@ def _fastest(
 ) -> _Candidate | None:
     best: _Candidate | None = None
     once = problem.num_passes == 1
+    tried: list[Sequence[Sequence[int]]] = []
     for name, blocks in groups.items():
+        if blocks in tried:
+            continue
+        tried.append(blocks)
         in_pass = _in_pass(problem, blocks)
         for layout in _layouts(problem, blocks, free_bytes, resident_bytes, once):
             if best is not None:

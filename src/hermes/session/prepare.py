@@ -240,8 +240,8 @@ def _unit_flops(trace: Trace, partition: Partition, unit: Unit) -> int:
     flops = trace.flops.get(unit.module, 0)
     if unit.rows is None:
         return flops
-    rows = sum(u.rows[1] - u.rows[0] for u in partition.units if u.module == unit.module and u.rows)
-    return flops * (unit.rows[1] - unit.rows[0]) // rows
+    _, num_rows = partition.units[partition.heads[unit.module][-1]].rows or (0, 1)
+    return flops * (unit.rows[1] - unit.rows[0]) // num_rows
 
 
 def _nbytes(module: nn.Module, weights: WeightMap) -> int:
