@@ -16,11 +16,24 @@ def stored(name: str) -> list[Row]:
 
 
 def keep(name: str, new: list[Row], *, keys: tuple[str, ...]) -> None:
-    """Write docs/NAME.json with these rows in the place of those that have the same under `keys`."""
+    """Write docs/NAME.json with these rows in the place of those that have the same under `keys`.
+
+    And of those of other processors that they would stand beside: ratios are of one machine.
+    """
     replaced = {tuple(row[key] for key in keys) for row in new}
-    rows = [row for row in stored(name) if tuple(row[key] for key in keys) not in replaced] + new
+    cpus = {_beside(row): row["taken"]["cpu"] for row in new}
+    rows = [
+        row
+        for row in stored(name)
+        if tuple(row[key] for key in keys) not in replaced
+        and row["taken"]["cpu"] == cpus.get(_beside(row), row["taken"]["cpu"])
+    ] + new
     rows.sort(key=_place)
     (DOCS / f"{name}.json").write_text(json.dumps({"rows": rows}, indent=1))
+
+
+def _beside(row: Row) -> tuple[object, ...]:
+    return row.get("kind"), row["model"], row.get("disk")
 
 
 def _place(row: Row) -> tuple[object, ...]:

@@ -196,3 +196,23 @@ def test_a_cgroup_below_the_budget_is_named(make_problem):
     problem = make_problem([([MIB], 0.0, 0.0)] * 8)
     with pytest.raises(BudgetError, match=r"cgroup's limit of 5 MiB is below the 6 MiB .* raise the limit"):
         make_plan(problem, budget_bytes=100 * MIB, limit_bytes=5 * MIB, margin_bytes=MARGIN)
+
+
+def test_a_window_that_the_disk_fills_faster_is_taken(make_problem):
+    groups = {"leaf": [[number] for number in range(20)]}
+    disk = Bandwidth(num_agents=1, piece_bytes=4096, bytes_per_second=MIB)
+    problem = make_problem([((MIB,), 1.0, 1.0)] * 20, groups=groups, num_passes=5, bandwidths=[disk])
+    limits = {"budget_bytes": 4 * MIB, "limit_bytes": 4 * MIB, "margin_bytes": 0}
+    chosen = make_plan(problem, **limits)
+    assert chosen.ring_bytes >= 2 * MIB  # so that one block is read while another is computed
+    other = make_plan(replace(problem, windows=[(MIB, 8.0), (MIB + MIB // 4, 0.5)]), **limits)
+    assert other.ring_bytes == MIB
+    assert other.steady_pass_seconds < chosen.steady_pass_seconds * 1.2
+    assert other.bound_seconds < chosen.bound_seconds * 1.2
+
+
+def test_rates_between_windows(make_problem):
+    problem = replace(make_problem([((100,), 1.0, 1.0)]), windows=[(100, 1.5), (200, 1.0), (400, 0.5)])
+    rates = [problem.rate_into(window, 10.0) for window in (1, 100, 150, 200, 300, 400, 4000)]
+    assert rates == pytest.approx([15, 15, 12.5, 10, 7.5, 5, 5])
+    assert replace(problem, windows=()).rate_into(300, 10.0) == 10.0

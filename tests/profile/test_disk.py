@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from hermes.checkpoint import open_checkpoint, open_reader
-from hermes.profile import BandwidthRecord, measure_bandwidth, measure_drift
+from hermes.profile import BandwidthRecord, measure_bandwidth, measure_drift, measure_windows
 
 MIB = 2**20
 PIECE_SECONDS = 0.02
@@ -54,6 +54,34 @@ def test_what_a_pause_has_saved_up_is_no_rate(disk):
     reader.at_once = 2
     (record,) = measure_bandwidth(checkpoint, reader, sample_bytes=4 * MIB, agent_counts=[2], piece_sizes=[MIB])
     assert record.bytes_per_second <= 2 * MIB / PIECE_SECONDS
+
+
+class Cached(SlowReader):
+    """A disk that takes its time for buffers that it has not filled lately, of those that caches hold."""
+
+    def __init__(self, reader, cached_bytes):
+        super().__init__(reader)
+        self._last = []
+        self._cached_bytes = cached_bytes
+
+    def read_into(self, file, offset, target, required):
+        address = torch.frombuffer(target, dtype=torch.uint8).data_ptr()
+        is_cached = address in self._last
+        self._last = [*(a for a in self._last if a != address), address][-self._cached_bytes // target.nbytes :]
+        time.sleep(PIECE_SECONDS / (20 if is_cached else 1))
+        return self._reader.read_into(file, offset, target, required)
+
+
+def test_a_window_that_caches_hold_is_filled_faster(disk):
+    checkpoint, reader = disk
+    few = {"piece_bytes": MIB, "num_agents": 1, "sample_bytes": 40 * MIB, "seconds": 9.0, "rounds": 1}
+    windows = measure_windows(checkpoint, Cached(reader, 12 * MIB), window_bytes=10 * MIB, most_bytes=16 * MIB, **few)
+    assert [size for size, _ in windows] == [8 * MIB, 10 * MIB, 16 * MIB]
+    shares = dict(windows)
+    assert shares[10 * MIB] == 1.0
+    assert shares[8 * MIB] >= 1.0
+    assert shares[16 * MIB] < 0.7
+    assert measure_windows(checkpoint, reader, window_bytes=4 * MIB, most_bytes=16 * MIB) == ()
 
 
 def test_a_disk_that_has_become_another_is_found_out_with_a_good_setting(disk):

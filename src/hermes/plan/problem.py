@@ -1,5 +1,6 @@
 """What the planner is given (`Problem`) and what it settles (`Plan`)."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,8 @@ class Problem:
         cold_seconds: that the first pass computes longer than the units' `first_seconds`.
         unpacking_slows_compute: False where the seconds of units were measured while agents unpacked what they read;
             unpacking what stays packed always does.
+        windows: sizes of windows, smallest first, and how many times its rate the disk fills each of them with; none:
+            all alike.
     """
 
     units: Sequence[UnitCost]
@@ -74,6 +77,18 @@ class Problem:
     boundary_seconds: float = 0.0
     cold_seconds: float = 0.0
     unpacking_slows_compute: bool = True
+    windows: Sequence[tuple[int, float]] = ()
+
+    def rate_into(self, ring_bytes: int, bytes_per_second: float) -> float:
+        """Of a disk with this rate, into a window of so many bytes: linear between those that were measured."""
+        if not self.windows:
+            return bytes_per_second
+        ring_bytes = min(max(ring_bytes, self.windows[0][0]), self.windows[-1][0])
+        (low, share), (high, other) = next(
+            (pair for pair in itertools.pairwise(self.windows) if pair[0][0] <= ring_bytes <= pair[1][0]),
+            (self.windows[0], self.windows[0]),
+        )
+        return bytes_per_second * (share + (other - share) * (ring_bytes - low) / max(1, high - low))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,8 +120,9 @@ def _fastest(
         tried.append(blocks)
         in_pass = _in_pass(problem, blocks)
         for layout in _layouts(problem, blocks, free_bytes, resident_bytes, once):
+            rate = problem.rate_into(layout.ring_bytes, bandwidth.bytes_per_second)
             if best is not None:
-                least = least_seconds(problem, in_pass, layout.resident, bandwidth.bytes_per_second, layout.packed)
+                least = least_seconds(problem, in_pass, layout.resident, rate, layout.packed)
                 if least >= WORTH_CHANGING * best.prediction.total_seconds:
                     continue
             prediction = simulate(
@@ -129,7 +130,7 @@ def _fastest(
                 in_pass,
                 layout.resident,
                 layout.ring_bytes,
-                bandwidth.bytes_per_second,
+                rate,
                 ahead=not sequential,
                 packed=layout.packed,
             )
@@ -152,7 +153,7 @@ def _finish(
     kept = sum(slots[block][load] for block, loads in enumerate(layout.resident) for load in loads)
     packed = sum(reads[block][load] for block, loads in enumerate(layout.packed) for load in loads)
     streamed = streamed_reads(_reads(problem, _in_pass(problem, blocks)), layout.resident, layout.packed)
-    disk_seconds = sum(streamed) / bandwidth.bytes_per_second
+    disk_seconds = sum(streamed) / problem.rate_into(layout.ring_bytes, bandwidth.bytes_per_second)
     compute_seconds = sum(
         unit.next_seconds * problem.quiet if problem.num_passes > 1 else unit.first_seconds
         for unit in problem.units[: problem.num_in_pass]

@@ -5,7 +5,7 @@ The passes that measure a model are run by `hermes.session.measure`; disk and ke
 
 from hermes.profile.calibrate import Calibration, calibrate_compute
 from hermes.profile.delays import BlockSample, DelayModel, LinearFit, fit_delays
-from hermes.profile.disk import measure_bandwidth, measure_drift, measure_touch
+from hermes.profile.disk import measure_bandwidth, measure_drift, measure_touch, measure_windows
 from hermes.profile.machine import machine_record
 from hermes.profile.records import (
     PROFILE_VERSION,
@@ -40,6 +40,7 @@ __all__ = [
     "measure_drift",
     "measure_touch",
     "measure_unpacking",
+    "measure_windows",
     "profile_path",
     "save_profile",
 ]

@@ -1,6 +1,8 @@
 """How fast the checkpoint's disk gives its bytes to so many agents, and memory takes them in."""
 
+import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +13,12 @@ from hermes.memory.arena import Arena
 from hermes.memory.probe import num_cores
 from hermes.profile.records import BandwidthRecord
 
-__all__ = ["AGENT_COUNTS", "measure_bandwidth", "measure_drift", "measure_touch"]
+__all__ = ["AGENT_COUNTS", "measure_bandwidth", "measure_drift", "measure_touch", "measure_windows"]
 
 AGENT_COUNTS = (1, 2, 3, 4)
 MIB = 2**20
+WINDOWS = (8 * MIB, 16 * MIB, 24 * MIB, 32 * MIB, 64 * MIB, 128 * MIB)
+"""Sizes of windows that a disk is timed with."""
 
 
 def measure_bandwidth(
@@ -43,7 +47,7 @@ def measure_bandwidth(
             turn += len(chosen)
             memory = lend(num_agents * piece_bytes)
             memory.touch()
-            buffers = [memory.part(number * piece_bytes, piece_bytes).view for number in range(num_agents)]
+            buffers = [[memory.part(number * piece_bytes, piece_bytes).view] for number in range(num_agents)]
             rate = _read(reader, chosen, buffers, seconds)
             records.append(BandwidthRecord(num_agents=num_agents, piece_bytes=piece_bytes, bytes_per_second=rate))
     return records
@@ -71,6 +75,48 @@ def measure_drift(
         lend=lend,
     )
     return now.bytes_per_second / then.bytes_per_second
+
+
+def measure_windows(
+    checkpoint: Checkpoint,
+    reader: Reader,
+    *,
+    window_bytes: int,
+    most_bytes: int,
+    num_agents: int = AGENT_COUNTS[-1],
+    piece_bytes: int = 2 * MIB,
+    sample_bytes: int = 256 * MIB,
+    seconds: float = 0.2,
+    rounds: int = 3,
+) -> tuple[tuple[int, float], ...]:
+    """Pairs of a window's size and how many times the rate into one of `window_bytes` the disk fills it with.
+
+    A virtual disk's host copies what it reads, through the processor's caches. No larger window counts as faster than a
+    smaller one: that would be noise. Reads `sample_bytes` for each, for `seconds` at most, the median of some rounds;
+    holds the largest, `most_bytes` or `window_bytes`. None for a window below all that are tried. Blocking. Raises
+    ReadError.
+    """
+    if window_bytes < WINDOWS[0]:
+        return ()
+    sizes = sorted({window_bytes, *(size for size in WINDOWS if size <= most_bytes)})
+    places = _places(checkpoint, piece_bytes)
+    count = max(1, sample_bytes // piece_bytes) + num_agents
+    found: dict[int, list[float]] = {size: [] for size in sizes}
+    memory = Arena(sizes[-1])
+    memory.touch()
+    turn = 0
+    for _ in range(rounds):
+        for size in sizes:
+            chosen = [places[(turn + index) % len(places)] for index in range(count)]
+            turn += count
+            slots = [memory.part(begin, piece_bytes).view for begin in range(0, size - piece_bytes + 1, piece_bytes)]
+            buffers = [slots[number::num_agents] for number in range(num_agents)]
+            found[size].append(_read(reader, chosen, buffers, seconds))
+    memory.close()
+    rates = [statistics.median(found[size]) for size in sizes]
+    rates = list(itertools.accumulate(reversed(rates), max))[::-1]
+    whole = rates[sizes.index(window_bytes)]
+    return tuple((size, rate / whole) for size, rate in zip(sizes, rates, strict=True))
 
 
 def measure_touch(nbytes: int, *, step_bytes: int, chunk_bytes: int = 16 * MIB) -> tuple[float, ...]:
@@ -106,21 +152,22 @@ def _places(checkpoint: Checkpoint, piece_bytes: int) -> list[tuple[int, int]]:
 
 
 def _read(
-    reader: Reader, places: Sequence[tuple[int, int]], buffers: Sequence[memoryview], most_seconds: float
+    reader: Reader, places: Sequence[tuple[int, int]], buffers: Sequence[Sequence[memoryview]], most_seconds: float
 ) -> float:
+    """Bytes a second, by as many agents as have buffers, each of which fills its own in turns."""
     num_agents = len(buffers)
     first, places = places[:num_agents], places[num_agents:]
 
     def agent(number: int) -> int:
         done = 0
-        for file, offset in places[number::num_agents]:
-            done += reader.read_into(file, offset, buffers[number], 0)
+        for (file, offset), buffer in zip(places[number::num_agents], itertools.cycle(buffers[number]), strict=False):
+            done += reader.read_into(file, offset, buffer, 0)
             if time.perf_counter() - start > most_seconds:
                 break
         return done
 
     def begin(number: int) -> None:
-        reader.read_into(*first[number], buffers[number], 0)
+        reader.read_into(*first[number], buffers[number][0], 0)
 
     with ThreadPoolExecutor(num_agents, thread_name_prefix="hermes-probe") as pool:
         list(pool.map(begin, range(num_agents)))

@@ -118,6 +118,7 @@ class Profile:
         bandwidths: of the disk, with nothing else going on.
         streaming_bytes_per_second: of passes that waited for the disk most of the time: less, as computing takes memory
             bandwidth from it, and a window does not fit into caches; 0 where none did.
+        windows: for windows of some sizes, how many times the rate of those passes' window the disk fills them with.
         unpack_bytes_per_second: of packed weights, as unpacked by one core; 0 where none are packed.
         units: in the order of a pass.
         quiet: by tokens in the pass, the part of the units' seconds that they take while no agent reads: products of
@@ -146,6 +147,7 @@ class Profile:
     unpack_bytes_per_second: float = 0.0
     bandwidths: tuple[BandwidthRecord, ...]
     streaming_bytes_per_second: float = 0.0
+    windows: tuple[tuple[int, float], ...] = ()
     units: tuple[UnitRecord, ...]
     quiet: tuple[tuple[int, float], ...] = ()
     boundary_seconds: float = 0.0
@@ -186,6 +188,7 @@ class Profile:
             self,
             bandwidths=tuple(bandwidths),
             streaming_bytes_per_second=streaming * scale if drifts else streaming if ratio < 1 else 0.0,
+            windows=self.windows if drifts else (),
         )
 
     def compute_of(self, unit: str, like: BlockSample | None = None) -> ComputeRecord:

@@ -27,6 +27,7 @@ from hermes.profile import (
     measure_bandwidth,
     measure_touch,
     measure_unpacking,
+    measure_windows,
 )
 from hermes.session.estimate import estimate_profile, measure_floor, unit_record
 from hermes.session.prepare import Prepared
@@ -86,6 +87,7 @@ def measure_profile(prepared: Prepared) -> Profile:
             speeds.append(calibrate_compute(dtype, whole_tokens).speed)
         code = code_in_use()
         stats = session.stats
+        window_bytes = session.plan.ring_bytes
         beside = [
             nbytes / seconds
             for nbytes, seconds, stall in zip(
@@ -103,6 +105,8 @@ def measure_profile(prepared: Prepared) -> Profile:
     )
     units = []
     with prepared.reader() as reader:
+        most_bytes = memory_limit(available_bytes()) // 4
+        windows = measure_windows(prepared.checkpoint, reader, window_bytes=window_bytes, most_bytes=most_bytes)
         factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
         for number, unit in enumerate(prepared.partition.units):
             units.append(
@@ -131,6 +135,7 @@ def measure_profile(prepared: Prepared) -> Profile:
         bandwidths=tuple(bandwidths),
         # Of the faster half: what others do to the disk meanwhile, a sample at each load tells.
         streaming_bytes_per_second=statistics.median(sorted(beside)[len(beside) // 2 :]) if beside else 0.0,
+        windows=windows,
         units=tuple(units),
         quiet=quiet,
         speed=statistics.median(speeds),

@@ -232,6 +232,7 @@ class Prepared:
             boundary_seconds=profile.boundary_seconds,
             cold_seconds=profile.cold_seconds,
             unpacking_slows_compute=not profile.measured,
+            windows=profile.windows,
         )
 
 
