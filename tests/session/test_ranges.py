@@ -1,5 +1,7 @@
 """Matrices of bf16 stream in ranges of rows: where not all fits, at the profile's price, and with the same bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as hf
@@ -7,11 +9,13 @@ import transformers as hf
 import hermes
 from hermes.memory.probe import resident_bytes
 from hermes.model.units import MATRIX_ROWS
+from hermes.profile import ComputeRecord
 from hermes.session import Workload, prepare, prepare_model
+from hermes.session.quantizable import find_quantizable
 
 IDS = torch.arange(3, 43)[None]
 WORKLOAD = Workload(sequence_length=40, max_new_tokens=4)
-SHAPE = {"hidden_size": 256, "intermediate_size": 900, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROOM = 2**30
 """For all of it, without its process."""
 WHOLE = {"down_proj", "q_proj", "k_proj", "v_proj", "o_proj"}
@@ -42,8 +46,8 @@ def test_as_resident(tmp_path, monkeypatch):
     with torch.no_grad(), hermes.load(path, budget=budget, resident_bytes=0) as model:
         found = ranges_of(model.hermes.prepared)
         assert {name for name in found if name.startswith("model.layers.1.mlp.up_proj")} == {
-            f"model.layers.1.mlp.up_proj[{begin}:{min(begin + MATRIX_ROWS, 900)}]"
-            for begin in range(0, 900, MATRIX_ROWS)
+            f"model.layers.1.mlp.up_proj[{begin}:{min(begin + MATRIX_ROWS, 896)}]"
+            for begin in range(0, 896, MATRIX_ROWS)
         }
         assert not any(name.split("[")[0].rpartition(".")[2] in WHOLE for name in found)
         assert torch.equal(model(IDS).logits, resident(IDS).logits)
@@ -69,3 +73,22 @@ def test_a_profile_of_ranges_knows_what_the_whole_matrix_costs(tmp_path):
     half = found.compute_of(f"{up}[{MATRIX_ROWS // 2}:{2 * MATRIX_ROWS}]").seconds(1)
     first, second = (costs[f"{up}[{begin}:{begin + MATRIX_ROWS}]"] for begin in (0, MATRIX_ROWS))
     assert half == pytest.approx(first / 2 + second)
+
+
+def test_what_streams_in_ranges_can_be_quantised(tmp_path):
+    path = make(tmp_path, torch.bfloat16)
+    every = {name for name, _ in hf.LlamaForCausalLM.from_pretrained(path).named_parameters() if "_proj" in name}
+    assert set(find_quantizable(path).matrices) == every
+
+
+def test_a_prompt_costs_every_matrix_its_tokens_and_the_head_one(tmp_path):
+    path = make(tmp_path, torch.bfloat16)
+    found = hermes.profile(path, workload=WORKLOAD)
+    slower = ComputeRecord(samples=((1, 1.0), (40, 40.0)))
+    units = tuple(replace(unit, compute=slower) for unit in found.units)
+    prepared = prepare_model(path, workload=WORKLOAD)
+    with prepared.reader() as reader:
+        factory = prepared.factory(reader.alignment, 2**20)
+        problem = prepared.problem(replace(found, units=units), factory, floor_bytes=0)
+    assert {cost.first_seconds for cost in problem.units if cost.name.startswith("lm_head")} == {1.0}
+    assert {cost.first_seconds for cost in problem.units if not cost.name.startswith("lm_head")} == {40.0}

@@ -159,6 +159,10 @@ class Profile:
     trace: Trace | None = None
     delays: DelayModel | None = None
     _by_name: dict[str, UnitRecord] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _ranges: dict[str, list[tuple[int, int, ComputeRecord]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Of each module that was measured in ranges of rows."""
 
     def quiet_share(self, tokens: int) -> float:
         """`quiet` for a pass over so many tokens: that of the measured pass most like it, 1 if there is none."""
@@ -199,11 +203,15 @@ class Profile:
         """
         if not self._by_name:
             self._by_name.update({record.name: record for record in self.units})
+            for record in self.units:
+                module, rows = _rows_of(record.name)
+                if rows is not None:
+                    self._ranges.setdefault(module, []).append((*rows, record.compute))
         if unit not in self._by_name:
-            if ranges := self._ranges_of(unit):
-                tokens = [tokens for tokens, _ in ranges[0][0].samples]
+            if parts := self._parts_of(unit):
+                tokens = [tokens for tokens, _ in parts[0][0].samples]
                 return ComputeRecord(
-                    samples=tuple((n, sum(share * one.seconds(n) for one, share in ranges)) for n in tokens)
+                    samples=tuple((n, sum(share * one.seconds(n) for one, share in parts)) for n in tokens)
                 )
             if like is not None and self.delays is not None and self.delays.t_ex is not None:
                 tokens_in_pass = self.batch_size * self.sequence_length
@@ -211,17 +219,14 @@ class Profile:
             raise ProfileError(f"the profile knows no unit {unit}; run `hermes profile` again")
         return self._by_name[unit].compute
 
-    def _ranges_of(self, unit: str) -> list[tuple[ComputeRecord, float]]:
+    def _parts_of(self, unit: str) -> list[tuple[ComputeRecord, float]]:
         """Costs of the measured ranges of rows that the unit overlaps, and the part of each that does."""
         module, rows = _rows_of(unit)
-        measured = [(_rows_of(record.name), record.compute) for record in self.units]
         found = []
-        for (other, theirs), compute in measured:
-            if other == module and theirs is not None:
-                begin, end = theirs
-                low, high = rows or theirs
-                if (overlap := min(end, high) - max(begin, low)) > 0:
-                    found.append((compute, overlap / (end - begin)))
+        for begin, end, compute in self._ranges.get(module, []):
+            low, high = rows or (begin, end)
+            if (overlap := min(end, high) - max(begin, low)) > 0:
+                found.append((compute, overlap / (end - begin)))
         return found
 
 

@@ -188,21 +188,21 @@ class Prepared:
         workload = self.workload
         prompt_tokens = workload.batch_size * workload.sequence_length
         rate = profile.unpack_bytes_per_second
+        head = cast(Any, self.module).get_output_embeddings() if workload.max_new_tokens else None
         units = []
         bounced = False
         for unit in self.partition.units:
             block = factory.block([unit])
             bounced |= any(piece.bounced for load in block.loads for piece in load.pieces)
             cost = profile.compute_of(unit.name, self.sample(unit))
+            is_head = head is not None and self.module.get_submodule(unit.module) is head
             units.append(
                 UnitCost(
                     name=unit.name,
                     slot_bytes=tuple(load.slot_bytes for load in block.loads),
                     read_bytes=tuple(load.read_bytes for load in block.loads),
                     unpack_seconds=tuple(load.unpacked_bytes / rate for load in block.loads) if rate else (),
-                    first_seconds=cost.seconds(
-                        workload.batch_size if unit.rows and workload.max_new_tokens else prompt_tokens
-                    ),
+                    first_seconds=cost.seconds(workload.batch_size if is_head else prompt_tokens),
                     next_seconds=cost.seconds(workload.batch_size if workload.max_new_tokens else prompt_tokens),
                 )
             )
@@ -232,7 +232,7 @@ class Prepared:
             boundary_seconds=profile.boundary_seconds,
             cold_seconds=profile.cold_seconds,
             unpacking_slows_compute=not profile.measured,
-            windows=profile.windows,
+            windows=() if self.checkpoint.packed else profile.windows,  # unpacking, agents need room ahead of them
         )
 
 

@@ -1,5 +1,6 @@
 """Which matrices of a model may be quantised: those that one linear layer multiplies by, as they are stored."""
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Quantizable:
 
 def find_quantizable(model: Path) -> Quantizable:
     """Build and trace the model, and look. Reads no weights. Raises as `prepare_model`, and InputError for none."""
-    prepared = prepare_model(model, workload=Workload(sequence_length=8), fresh=True)
+    prepared = prepare_model(model, workload=Workload(sequence_length=8), fresh=True, room_bytes=sys.maxsize)  # whole
     names = {entry.extent: entry.name for entry in prepared.checkpoint.tensors.values()}
     streamed = {
         (unit.module, name) for unit in prepared.partition.units if unit.rows is None for name in unit.parameters
