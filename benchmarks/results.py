@@ -138,6 +138,16 @@ def targets(rows: Rows, batch: list[Row], predictions: list[Row], commands: list
     return [*lines, ""]
 
 
+def other_processors(rows: Rows, cpu: str) -> str:
+    """Which rows of the suite are not of this one; never two processors' of one model and disk."""
+    others: dict[str, dict[str, None]] = {}
+    for row in rows.rows:
+        if row["taken"]["cpu"] != cpu:
+            disk = "" if row["disk"] == "free" else f" at {row['disk']} MB/s"
+            others.setdefault(row["taken"]["cpu"], {})[f"{row['model']}{disk}"] = None
+    return "".join(f" Of {other}: {', '.join(places)}." for other, places in others.items())
+
+
 def place(row: Row) -> str:
     """Model, cap and disk."""
     disk = "" if row["disk"] == "free" else f", disk at {row['disk']} MB/s"
@@ -280,7 +290,8 @@ def write() -> None:
         text += [
             f"Made by `python benchmarks/suite.py`, last on {last['date']} (UTC): {last['cpu']}, {last['cores']} "
             "cores. Every run is a process of its own in a memory cgroup of the cap, swap off, all files evicted. "
-            "Encoders: 128 tokens or one 224x224 image, five passes; decoders: 16 tokens of prompt, 8 more.",
+            "Encoders: 128 tokens or one 224x224 image, five passes; decoders: 16 tokens of prompt, 8 more."
+            + other_processors(rows, last["cpu"]),
             "",
         ]
     text += [
