@@ -120,8 +120,7 @@ def partition(
     for index, use in enumerate(uses):
         order.setdefault(use.module, index)
     whole = [nbytes[name] for names in owned.values() for name in names]
-    cut_bytes = [min(matrix_bytes or 0, nbytes[tables.weight(name)]) for name in large_matrices]
-    largest = max([*whole, *cut_bytes], default=0)
+    largest = max([*whole, (matrix_bytes or 0) if large_matrices else 0])
     units: list[Unit] = []
     heads: dict[str, list[int]] = {}
     num_in_pass = 0

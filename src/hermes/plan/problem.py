@@ -1,8 +1,9 @@
 """What the planner is given (`Problem`) and what it settles (`Plan`)."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 __all__ = ["TOUCH_STEP_BYTES", "Bandwidth", "Plan", "Problem", "UnitCost"]
 
@@ -83,12 +84,8 @@ class Problem:
         """Of a disk with this rate, into a window of so many bytes: linear between those that were measured."""
         if not self.windows:
             return bytes_per_second
-        ring_bytes = min(max(ring_bytes, self.windows[0][0]), self.windows[-1][0])
-        (low, share), (high, other) = next(
-            (pair for pair in itertools.pairwise(self.windows) if pair[0][0] <= ring_bytes <= pair[1][0]),
-            (self.windows[0], self.windows[0]),
-        )
-        return bytes_per_second * (share + (other - share) * (ring_bytes - low) / max(1, high - low))
+        sizes, shares = zip(*self.windows, strict=True)
+        return bytes_per_second * float(np.interp(ring_bytes, sizes, shares))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ class Prepared:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters and buffers that come from disk, in what they are computed with: quantised or not."""
-        return _nbytes(self.module, self.weights)
+        return _weight_bytes(self.module, self.weights)
 
     @property
     def heap_bytes(self) -> int:
@@ -245,7 +245,7 @@ def _unit_flops(trace: Trace, partition: Partition, unit: Unit) -> int:
     return flops * (unit.rows[1] - unit.rows[0]) // num_rows
 
 
-def _nbytes(module: nn.Module, weights: WeightMap) -> int:
+def _weight_bytes(module: nn.Module, weights: WeightMap) -> int:
     tensors: dict[str, torch.Tensor] = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -319,8 +319,8 @@ def prepare_model(
         if trace is None:
             beside.tracing()
             trace, tracing_bytes = _trace(skeleton, workload)
-        room_bytes = max(room_bytes, limit_bytes) - PROCESS_BYTES
-        if matrix_bytes is None and _dtype_name(skeleton) == "bfloat16" and _nbytes(skeleton, weights) > room_bytes:
+        all_fits = _weight_bytes(skeleton, weights) + PROCESS_BYTES <= max(room_bytes, limit_bytes)
+        if matrix_bytes is None and _dtype_name(skeleton) == "bfloat16" and not all_fits:
             head_rows, matrix_bytes = MATRIX_ROWS, RANGE_BYTES
         prepared = _prepared(skeleton, checkpoint, weights, trace, workload, directory, head_rows, matrix_bytes)
         if known is not None and not _covers(known, prepared, must=profile is not None):
