@@ -13,7 +13,8 @@ namespace {
 
 constexpr size_t LANES = 16;
 constexpr size_t STRIP = 4 * LANES;           // tokens with whose sums a core's registers are filled
-constexpr size_t ROWS = 24;                   // dealt out together; as many registers hold sums
+constexpr size_t ROWS = 24;                   // copied together; as many registers hold sums
+constexpr size_t TILE = 4 * ROWS;             // at most dealt out together: they share a block of tokens in a core's cache
 constexpr size_t TOKENS = FLOAT_TOKENS;       // turned at once, for the second-level cache
 constexpr size_t COLUMNS = FLOAT_MOST_BLOCK;  // of a row, copied to where no two rows share a line of the first-level cache
 constexpr size_t FEW = 32768;                 // numbers
@@ -71,79 +72,111 @@ inline void sum_up(const float* strip, const float* rows, size_t columns, const 
   }
 }
 
-// What a thread works in: rows of a block of columns, and the totals of all tokens with them.
-struct Group {
+// What a thread works in: some rows of a block of columns, and the totals of all tokens with the rows of a tile.
+struct Tile {
   const Product& p;
   const float* weights;
   size_t row, count;  // rows from there on
   alignas(64) float rows[ROWS * COLUMNS];
-  alignas(64) float totals[TOKENS * ROWS];  // of each strip, row after row
+  alignas(64) float totals[TOKENS * TILE];  // of each strip, row after row
 
-  Group(const Product& p, const float* weights, size_t row, size_t count)
+  Tile(const Product& p, const float* weights, size_t row, size_t count)
       : p(p), weights(weights), row(row), count(count) {}
 
-  void copy(size_t column, size_t columns) {
+  const float* at(size_t r, size_t column) const { return weights + (row + r) * p.columns + column; }
+
+  float bias(size_t r) const { return r < count ? floats(p.bias)[row + r] : 0; }
+
+  void copy(size_t first_row, size_t column, size_t columns) {
     for (size_t r = 0; r < ROWS; ++r)
       for (size_t c = 0; c < columns; c += LANES) {
-        const float* from = weights + (row + r) * p.columns + column + c;
-        const auto mask = r < count ? first(columns - c) : __mmask16(0);
-        _mm512_store_ps(rows + r * COLUMNS + c, _mm512_maskz_loadu_ps(mask, from));
+        const auto mask = first_row + r < count ? first(columns - c) : __mmask16(0);
+        _mm512_store_ps(rows + r * COLUMNS + c, _mm512_maskz_loadu_ps(mask, at(first_row + r, column + c)));
       }
   }
 
-  // Adds the block of columns that was copied to the totals of a strip with V * 16 lanes.
+  // Adds the block of columns that was copied of these rows to the totals of a strip with V * 16 lanes, or begins them.
   template <int V>
-  void add(const float* strip, float* to, size_t column, size_t columns, const float* ahead) {
+  void add(const float* strip, float* to, size_t first_row, size_t column, size_t columns, const float* ahead) {
     constexpr int R = V == 1 ? 12 : int(ROWS) / V;
-    for (size_t r = 0; r < count; r += R) {
+    for (size_t r = 0; r < ROWS && first_row + r < count; r += R) {
       __m512 sums[R][V];
       sum_up<V, R>(strip + column * V * LANES, rows + r * COLUMNS, columns, ahead ? ahead + r * p.columns : nullptr,
                    p.columns, sums);
       for (size_t i = 0; i < R; ++i)
         for (size_t v = 0; v < V; ++v) {
-          float* total = to + (r + i) * STRIP + v * LANES;
+          float* total = to + (first_row + r + i) * STRIP + v * LANES;
           __m512 sum = sums[i][v];
-          if (column)
+          if (column % p.part)
             sum = _mm512_add_ps(_mm512_load_ps(total), sum);
-          else if (p.bias)
-            sum = _mm512_add_ps(_mm512_set1_ps(r + i < count ? floats(p.bias)[row + r + i] : 0), sum);
+          else if (!column && p.bias)
+            sum = _mm512_add_ps(_mm512_set1_ps(bias(first_row + r + i)), sum);
           _mm512_store_ps(total, sum);
         }
     }
   }
 
-  // All rows with all tokens; those from `next` on, if it is not null, are the thread's next.
-  void multiply(const Turned& x, const float* next) {
-    for (size_t column = 0; column < p.columns; column += p.block) {
-      const size_t columns = std::min(p.block, p.columns - column);
-      copy(column, columns);
-      const float* ahead = column + columns < p.columns ? weights + row * p.columns + column + columns : next;
-      for (size_t s = 0; s * STRIP < x.tokens; ++s, ahead = nullptr) {
-        const float* strip = x.strip(s);
-        float* to = totals + s * STRIP * ROWS;
-        switch (x.lanes(s) / LANES) {
-          case 1: add<1>(strip, to, column, columns, ahead); break;
-          case 2: add<2>(strip, to, column, columns, ahead); break;
-          case 3: add<3>(strip, to, column, columns, ahead); break;
-          default: add<4>(strip, to, column, columns, ahead);
+  // Rows that are multiplied after those from `first_row` on, with this block of columns or the next.
+  const float* after(size_t first_row, size_t column, size_t columns, const float* next) const {
+    if (first_row + ROWS < count) return at(first_row + ROWS, column);
+    return column + columns < p.columns ? at(0, column + columns) : next;
+  }
+
+  // All rows with all tokens, into y; those from `next` on, if it is not null, are the thread's next.
+  void multiply(const Turned& x, const float* next, float* y) {
+    for (size_t column = 0; column < p.columns;) {
+      const size_t part = std::min(p.columns, (column / p.part + 1) * p.part);
+      while (column < part) {
+        const size_t columns = std::min(p.block, part - column);
+        for (size_t r = 0; r < count; r += ROWS) {
+          copy(r, column, columns);
+          const float* ahead = after(r, column, columns, next);
+          for (size_t s = 0; s * STRIP < x.tokens; ++s, ahead = nullptr) {
+            const float* strip = x.strip(s);
+            float* to = totals + s * STRIP * TILE;
+            switch (x.lanes(s) / LANES) {
+              case 1: add<1>(strip, to, r, column, columns, ahead); break;
+              case 2: add<2>(strip, to, r, column, columns, ahead); break;
+              case 3: add<3>(strip, to, r, column, columns, ahead); break;
+              default: add<4>(strip, to, r, column, columns, ahead);
+            }
+          }
         }
+        column += columns;
       }
+      write(x.tokens, y, part > p.part);
     }
   }
 
-  void write(size_t tokens, float* y) const {
+  // The totals, or what was written before plus them.
+  void write(size_t tokens, float* y, bool adds) const {
     for (size_t token = 0; token < tokens; token += LANES)
       for (size_t r = 0; r < count; r += LANES) {
-        const float* from = totals + token / STRIP * STRIP * ROWS + token % STRIP;
+        const float* from = totals + token / STRIP * STRIP * TILE + token % STRIP;
         __m512i words[LANES];
         for (size_t i = 0; i < LANES; ++i)
           words[i] = r + i < count ? _mm512_load_si512(from + (r + i) * STRIP) : _mm512_setzero_si512();
         turn(words);
-        for (size_t t = 0; t < LANES && token + t < tokens; ++t)
-          _mm512_mask_storeu_epi32(y + (token + t) * p.y_stride + row + r, first(count - r), words[t]);
+        for (size_t t = 0; t < LANES && token + t < tokens; ++t) {
+          float* const to = y + (token + t) * p.y_stride + row + r;
+          const __mmask16 mask = first(count - r);
+          __m512 sum = _mm512_castsi512_ps(words[t]);
+          if (adds) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sum);
+          _mm512_mask_storeu_ps(to, mask, sum);
+        }
       }
   }
 };
+
+// Of the sizes of a tile the one with which the busiest thread has the fewest rows; the largest of them.
+size_t float_tile_rows(size_t rows, unsigned threads) {
+  size_t best = TILE, fewest = rows + TILE;
+  for (size_t tile = TILE; tile >= ROWS; tile -= ROWS) {
+    const size_t tiles = (rows + tile - 1) / tile, busiest = std::min(rows, (tiles + threads - 1) / threads * tile);
+    if (busiest < fewest) best = tile, fewest = busiest;
+  }
+  return best;
+}
 
 }  // namespace
 
@@ -158,10 +191,10 @@ void multiply_floats(const Product& p, const u8* weights, size_t rows, u8* scrat
       x.fill(floats(p.x) + token * p.columns, from);
       return {Fault::NONE, 0};
     });
-    over_tiles(0, rows, ROWS, threads, [&](size_t from, size_t to, size_t next) -> Result {
-      Group group(p, floats(weights), from, to - from);
-      group.multiply(x, next < rows ? floats(weights) + next * p.columns : nullptr);
-      group.write(x.tokens, reinterpret_cast<float*>(p.y) + token * p.y_stride);
+    over_tiles(0, rows, float_tile_rows(rows, threads), threads, [&](size_t from, size_t to, size_t next) -> Result {
+      Tile tile(p, floats(weights), from, to - from);
+      const float* const after = next < rows ? floats(weights) + next * p.columns : nullptr;
+      tile.multiply(x, after, reinterpret_cast<float*>(p.y) + token * p.y_stride);
       return {Fault::NONE, 0};
     });
   }

@@ -1,5 +1,6 @@
 // Products of one token with a float32 matrix, which are bound by memory: rows by a dot product each, or columns, as of a
-// matrix that lies turned, by adding row after row. Products are rounded before they are added, as MKL's are.
+// matrix that lies turned, by adding row after row. In two orders each: MKL's without vectors of 512 bits, where products are rounded before they
+// are added, and with them, where both are rounded once.
 #include <string_view>
 
 #include "tiles.hpp"
@@ -71,6 +72,36 @@ inline void dot(const float* x, const float* const (&rows)[QUADS * 4], size_t co
   }
 }
 
+// Lanes as (0..7) + (8..15), and so on, until one is left.
+inline float add_halves(__m512 v) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  __m128 few = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  few = _mm_add_ps(few, _mm_movehl_ps(few, few));
+  return _mm_cvtss_f32(_mm_add_ss(few, _mm_movehdup_ps(few)));
+}
+
+// Sums of rows as `multiply_float_lanes` has them.
+inline void dot_lanes(const float* x, const float* const (&rows)[QUADS * 4], size_t columns, Ahead& ahead,
+                      float (&results)[QUADS * 4]) {
+  constexpr size_t R = QUADS * 4;
+  __m512 sums[R];
+  for (size_t r = 0; r < R; ++r) sums[r] = _mm512_maskz_mul_ps(1, _mm512_set1_ps(x[0]), _mm512_set1_ps(rows[r][0]));
+  size_t column = 1;
+  for (; column + 16 <= columns; column += 16) {
+    ahead.fetch<R>();
+    const __m512 tokens = _mm512_loadu_ps(x + column);
+#pragma GCC unroll 8
+    for (size_t r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(tokens, _mm512_loadu_ps(rows[r] + column), sums[r]);
+  }
+  const auto rest = __mmask16((1u << (columns - column)) - 1);
+  for (size_t r = 0; r < R; ++r) {
+    results[r] = add_halves(sums[r]);
+    if (!rest) continue;
+    const __m512 tokens = _mm512_maskz_loadu_ps(rest, x + column), row = _mm512_maskz_loadu_ps(rest, rows[r] + column);
+    results[r] = add_halves(_mm512_mask_fmadd_ps(tokens, rest, row, _mm512_zextps128_ps512(_mm_set_ss(results[r]))));
+  }
+}
+
 // Columns [begin, end), counted from the cache line on that a row begins in, so that a vector is a line: as many as are to
 // `skip` come before the first.
 struct Span {
@@ -83,8 +114,26 @@ struct Span {
   }
 };
 
+// The total plus R rows' products, in one of the orders of `multiply_float_columns`.
+template <int R, bool BY_EIGHT>
+inline __m512 plus_rows(__m512 total, const __m512 (&x)[R], const __m512 (&rows)[R]) {
+  if constexpr (BY_EIGHT) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; r += 8) {
+      const auto two = [&](int a, int b) { return _mm512_fmadd_ps(x[b], rows[b], _mm512_mul_ps(x[a], rows[a])); };
+      total = _mm512_fmadd_ps(x[r + 4], rows[r + 4], _mm512_fmadd_ps(x[r + 6], rows[r + 6], total));
+      total = _mm512_add_ps(_mm512_add_ps(total, two(r + 7, r + 5)),
+                            _mm512_add_ps(two(r + 2, r), two(r + 3, r + 1)));
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) total = _mm512_add_ps(total, times(x[r], rows[r]));
+  }
+  return total;
+}
+
 // Adds R rows from `row` on to the totals of a span, and fetches as many behind them.
-template <int R>
+template <int R, bool BY_EIGHT>
 inline void add_rows(const float* x, const float* row, size_t columns, const Span& span, float* totals) {
   __m512 tokens[R];
   for (int r = 0; r < R; ++r) tokens[r] = _mm512_set1_ps(x[r]);
@@ -95,12 +144,21 @@ inline void add_rows(const float* x, const float* row, size_t columns, const Spa
       _mm_prefetch(reinterpret_cast<const char*>(row + rows_ahead * columns + ahead + 16 * line), _MM_HINT_T1);
     if ((ahead += 16 * R) >= span.end) ahead = span.begin, ++rows_ahead;
     const __mmask16 mask = span.mask(column);
-    __m512 total = _mm512_load_ps(totals + column - span.begin);
+    __m512 rows[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-      total = _mm512_add_ps(total, times(tokens[r], _mm512_maskz_loadu_ps(mask, row + r * columns + column)));
-    _mm512_store_ps(totals + column - span.begin, total);
+    for (int r = 0; r < R; ++r) rows[r] = _mm512_maskz_loadu_ps(mask, row + r * columns + column);
+    float* const to = totals + column - span.begin;
+    _mm512_store_ps(to, plus_rows<R, BY_EIGHT>(_mm512_load_ps(to), tokens, rows));
   }
+}
+
+template <bool BY_EIGHT>
+inline void add_all_rows(const float* x, size_t count, const float* row, size_t columns, const Span& span,
+                         float* totals) {
+  constexpr int REST = BY_EIGHT ? 8 : 1;
+  size_t r = 0;
+  for (; r + ROWS <= count; r += ROWS) add_rows<ROWS, BY_EIGHT>(x + r, row + r * columns, columns, span, totals);
+  for (; r < count; r += REST) add_rows<REST, BY_EIGHT>(x + r, row + r * columns, columns, span, totals);
 }
 
 }  // namespace
@@ -123,7 +181,20 @@ void multiply_float_token(const Product& p, const u8* weights, size_t rows, size
   });
 }
 
-void multiply_float_columns(const Product& p, const u8* weights, size_t columns, unsigned threads) {
+void multiply_float_lanes(const Product& p, const u8* weights, size_t rows, unsigned threads) {
+  over_tiles(0, rows, QUADS * 4, threads, [&](size_t row, size_t to, size_t next) -> Result {
+    Ahead ahead{weights + std::min(next, rows - 1) * p.columns * 4};
+    const float* at[QUADS * 4];
+    for (size_t r = 0; r < QUADS * 4; ++r) at[r] = floats(weights) + std::min(row + r, rows - 1) * p.columns;
+    float sums[QUADS * 4];
+    dot_lanes(floats(p.x), at, p.columns, ahead, sums);
+    for (size_t r = row; r < to; ++r)
+      reinterpret_cast<float*>(p.y)[r] = p.bias ? floats(p.bias)[r] + sums[r - row] : sums[r - row];
+    return {Fault::NONE, 0};
+  });
+}
+
+void multiply_float_columns(const Product& p, const u8* weights, size_t columns, bool by_eight, unsigned threads) {
   const size_t skip = columns % 16 ? 0 : reinterpret_cast<std::uintptr_t>(weights) / 4 % 16;
   const size_t share = (skip + columns + threads - 1) / threads;
   over_tiles(0, skip + columns, std::min(MOST_COLUMNS, (share + 15) / 16 * 16), threads,
@@ -133,9 +204,7 @@ void multiply_float_columns(const Product& p, const u8* weights, size_t columns,
     for (size_t c = begin; c < end; c += 16)
       _mm512_store_ps(totals + c - begin, _mm512_maskz_loadu_ps(span.mask(c), floats(p.bias) + c - skip));
     const float *x = floats(p.x), *row = floats(weights) - skip;
-    size_t r = 0;
-    for (; r + ROWS <= p.columns; r += ROWS) add_rows<ROWS>(x + r, row + r * columns, columns, span, totals);
-    for (; r < p.columns; ++r) add_rows<1>(x + r, row + r * columns, columns, span, totals);
+    (by_eight ? add_all_rows<true> : add_all_rows<false>)(x, p.columns, row, columns, span, totals);
     for (size_t c = begin; c < end; c += 16)
       _mm512_mask_storeu_ps(reinterpret_cast<float*>(p.y) + c - skip, span.mask(c),
                             _mm512_load_ps(totals + c - begin));
@@ -147,7 +216,8 @@ HERMES_TARGET_END
 #else
 
 void multiply_float_token(const Product&, const u8*, size_t, size_t, unsigned) {}
-void multiply_float_columns(const Product&, const u8*, size_t, unsigned) {}
+void multiply_float_lanes(const Product&, const u8*, size_t, unsigned) {}
+void multiply_float_columns(const Product&, const u8*, size_t, bool, unsigned) {}
 
 #endif
 }  // namespace hermes

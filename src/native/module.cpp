@@ -106,11 +106,13 @@ void multiply_rows(Address weights, size_t rows, size_t columns, Address x, size
 }
 
 void multiply_float_rows(Address weights, size_t rows, size_t columns, Address x, size_t tokens, Address bias,
-                         size_t block, Address y, size_t y_stride, Address scratch, unsigned threads) {
+                         size_t block, size_t part, Address y, size_t y_stride, Address scratch, unsigned threads) {
   if (!can_multiply_floats()) throw nb::value_error("no float32 products on this processor");
-  if (columns == 0 || block == 0 || block > FLOAT_MOST_BLOCK) throw nb::value_error("no columns, or a block too large");
+  if (columns == 0 || block == 0 || block > FLOAT_MOST_BLOCK || part == 0)
+    throw nb::value_error("no columns, or a block too large, or no part");
+  const Product what{at(x), tokens, columns, at(bias), block, at(y), y_stride, part};
   nb::gil_scoped_release release;
-  multiply_floats({at(x), tokens, columns, at(bias), block, at(y), y_stride}, at(weights), rows, at(scratch), threads);
+  multiply_floats(what, at(weights), rows, at(scratch), threads);
 }
 
 void multiply_one_float_token(Address weights, size_t rows, size_t columns, Address x, Address bias, size_t head,
@@ -121,12 +123,21 @@ void multiply_one_float_token(Address weights, size_t rows, size_t columns, Addr
   multiply_float_token({at(x), 1, columns, at(bias), columns, at(y), rows}, at(weights), rows, head, threads);
 }
 
-void multiply_turned(Address weights, size_t rows, size_t columns, Address x, Address bias, Address y,
+void multiply_lanes(Address weights, size_t rows, size_t columns, Address x, Address bias, Address y,
+                    unsigned threads) {
+  if (!can_multiply_floats()) throw nb::value_error("no float32 products on this processor");
+  if (rows == 0 || columns == 0) throw nb::value_error("no such rows");
+  nb::gil_scoped_release release;
+  multiply_float_lanes({at(x), 1, columns, at(bias), columns, at(y), rows}, at(weights), rows, threads);
+}
+
+void multiply_turned(Address weights, size_t rows, size_t columns, Address x, Address bias, bool by_eight, Address y,
                      unsigned threads) {
   if (!can_multiply_floats()) throw nb::value_error("no float32 products on this processor");
   if (!bias) throw nb::value_error("no bias");
+  if (by_eight && rows % 8) throw nb::value_error("rows are no multiple of eight");
   nb::gil_scoped_release release;
-  multiply_float_columns({at(x), 1, rows, at(bias), 1, at(y), columns}, at(weights), columns, threads);
+  multiply_float_columns({at(x), 1, rows, at(bias), 1, at(y), columns}, at(weights), columns, by_eight, threads);
 }
 
 nb::tuple multiply_packed(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
@@ -175,13 +186,16 @@ NB_MODULE(_native, m) {
   m.def("float_scratch_bytes", &float_scratch_bytes, nb::arg("tokens"), nb::arg("columns"),
         "What `multiply_floats` needs to work in.");
   m.def("multiply_floats", &multiply_float_rows, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"),
-        nb::arg("tokens"), nb::arg("bias"), nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("scratch"),
+        nb::arg("tokens"), nb::arg("bias"), nb::arg("block"), nb::arg("part"), nb::arg("y"), nb::arg("y_stride"),
+        nb::arg("scratch"),
         nb::arg("threads"), "Multiply float32 tokens at x with rows of float32 weights, into y.");
   m.def("multiply_float_token", &multiply_one_float_token, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"),
         nb::arg("x"), nb::arg("bias"), nb::arg("head"), nb::arg("y"), nb::arg("threads"),
         "Multiply one float32 token at x with rows of float32 weights, into y.");
+  m.def("multiply_float_lanes", &multiply_lanes, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"),
+        nb::arg("bias"), nb::arg("y"), nb::arg("threads"), "The same, summed in 16 lanes.");
   m.def("multiply_float_columns", &multiply_turned, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"),
-        nb::arg("x"), nb::arg("bias"), nb::arg("y"), nb::arg("threads"),
+        nb::arg("x"), nb::arg("bias"), nb::arg("by_eight"), nb::arg("y"), nb::arg("threads"),
         "Multiply one float32 token at x, as many numbers as there are rows, with columns of float32 weights, into y.");
   m.def("multiply_packed", &multiply_packed, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
         nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"), nb::arg("tokens"), nb::arg("bias"),

@@ -55,6 +55,7 @@ struct Product {
   size_t block;
   u8* y;
   size_t y_stride;
+  size_t part = 0;  // of float32 alone: columns that are summed by themselves, before they are added to those before
 };
 
 inline constexpr size_t MOST_TOKENS = 8;  // with the same rows at once; more of them take turns
@@ -67,8 +68,9 @@ Result multiply(const Product& p, const Matrix& m, unsigned threads);
 // True where those with float32 can be used.
 bool can_multiply_floats();
 // The same of float32, x, weights, bias and y alike: each product and its addition rounded once, column after column, from
-// nothing again for each `block` columns; the bias first, then these sums in order. Any number of rows and columns;
-// `block` is FLOAT_MOST_BLOCK at most. `scratch` has `float_scratch_bytes`.
+// nothing again for each `block` columns and each `part`; the bias first, then these sums in order, of each part by
+// itself, then the parts. Any number of rows and columns; `block` is FLOAT_MOST_BLOCK at most. `scratch` has
+// `float_scratch_bytes`.
 void multiply_floats(const Product& p, const u8* weights, size_t rows, u8* scratch, unsigned threads);
 inline constexpr size_t FLOAT_MOST_BLOCK = 512;
 inline constexpr size_t FLOAT_TOKENS = 256;  // at once; more of them take turns
@@ -80,9 +82,13 @@ inline size_t float_scratch_bytes(size_t tokens, size_t columns) {
 // them, one after the other, on from there every fourth column in a lane, these as (0 + 2) + (1 + 3), then what is left
 // over; then the bias. Columns are a multiple of four.
 void multiply_float_token(const Product& p, const u8* weights, size_t rows, size_t head, unsigned threads);
+// The same, each product and its addition rounded once: the first column, on from there every 16th in a lane, what is left
+// over once more so; each time halves of the lanes are added, and these, until one is left. At least one column.
+void multiply_float_lanes(const Product& p, const u8* weights, size_t rows, unsigned threads);
 // One token with a matrix that lies turned, p.columns rows of `columns`: the bias, then row after row added to it, each
-// product rounded before. There is a bias.
-void multiply_float_columns(const Product& p, const u8* weights, size_t columns, unsigned threads);
+// product rounded before; or, `by_eight`, rows in eights, as (((t + 6) + 4) + (7 + 5)) + ((2 + 0) + (3 + 1)) to the
+// total t, each product and its addition rounded once, where p.columns is a multiple of eight. There is a bias.
+void multiply_float_columns(const Product& p, const u8* weights, size_t columns, bool by_eight, unsigned threads);
 
 // Packed rows that stay in memory are put in the order in which products need them, where they have whole groups, chunks
 // of their own and one base: `tile_rows` of them at a time, in the bytes that their chunks take. `chunks` are m's.

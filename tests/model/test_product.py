@@ -16,7 +16,14 @@ from hermes.checkpoint.pack import pack
 from hermes.errors import ReadError
 from hermes.memory.probe import resident_bytes
 from hermes.model import kernels, orders, product
-from hermes.model.orders import FLOAT_TOKENS, MOST_TOKENS, adds_like_torch, summing_block, sums_like_torch
+from hermes.model.orders import (
+    FLOAT_TOKENS,
+    MOST_TOKENS,
+    Sums,
+    order_of_columns,
+    order_of_sums,
+    order_of_token,
+)
 from hermes.model.product import PackedRows, can_stay_packed, finish
 from hermes.model.units import MATRIX_ROWS
 from hermes.pipeload import Place
@@ -76,27 +83,31 @@ def test_few_tokens(shape: tuple[int, int], tokens: int, stays: bool, monkeypatc
     x = torch.randn(1, tokens, shape[1]).bfloat16()
     bias = torch.randn(shape[0]).bfloat16()
     for given in (None, bias):
-        if not summing_block(BF16, tokens, *shape, given is not None, torch.get_num_threads()):
+        if not order_of_sums(BF16, tokens, *shape, given is not None, torch.get_num_threads()):
             pytest.skip("torch sums in another order here")
         got = packed_rows(weight, stays=stays).linear(x, given)
         assert got.shape == (1, tokens, shape[0])
         assert same(got, functional.linear(x, weight, given))
 
 
-@pytest.mark.parametrize("shape", [(1024, 512), (2304, 768), (1100, 4096), (512, 8192)])
+@pytest.mark.parametrize("shape", [(1024, 512), (2304, 768), (1100, 4096), (512, 8192), (3072, 3072)])
 @pytest.mark.parametrize("tokens", [1, 2, 8, MOST_TOKENS, 17, 40, 128, 300])
-def test_ranges_of_rows_round_like_the_whole_matrix(shape: tuple[int, int], tokens: int) -> None:
-    """What lets matrices of bf16 stream in ranges (`session.prepare.RANGE_BYTES`)."""
-    weight = weights(*shape)
-    x = torch.randn(tokens, shape[1]).bfloat16()
-    for bias in (None, torch.randn(shape[0]).bfloat16()):
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_ranges_of_rows_that_round_like_the_whole_matrix(
+    shape: tuple[int, int], tokens: int, dtype: torch.dtype
+) -> None:
+    """What lets matrices stream in ranges (`session.prepare.RANGE_BYTES`)."""
+    weight = weights(*shape).to(dtype)
+    x = torch.randn(tokens, shape[1]).to(dtype)
+    for bias in (None, torch.randn(shape[0]).to(dtype)):
         expected = functional.linear(x, weight, bias)
         for rows in (MATRIX_ROWS, 3 * MATRIX_ROWS):
             parts = [
-                product.linear(x, part, None if bias is None else bias[begin : begin + rows])
+                product.linear(x, part, None if bias is None else bias[begin : begin + rows], shape[0])
                 for begin, part in zip(range(0, shape[0], rows), weight.split(rows), strict=True)
             ]
-            assert same(torch.cat(parts, dim=-1), expected)
+            is_known = product.knows_rows(dtype, tokens, shape, rows, bias is not None)
+            assert same(torch.cat(parts, dim=-1), expected) or not is_known
 
 
 @multiplies
@@ -170,7 +181,7 @@ def test_a_damaged_chunk_is_not_multiplied(damage: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("stays", [False, True])
 def test_many_tokens_and_unknown_orders(shape: tuple[int, int], stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "summing_block", lambda *_: 0)
+    monkeypatch.setattr(product, "order_of_sums", lambda *_: None)
     weight = weights(*shape)
     for tokens in (1, 40):
         x = torch.randn(tokens, shape[1]).bfloat16()
@@ -191,11 +202,12 @@ def test_the_order_is_that_of_any_number_of_rows(shape: tuple[int, int], tokens:
 
 @multiplies
 def test_an_order_that_is_not_among_the_known_ones_is_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = summing_block(BF16, 1, 64, 4096, True, torch.get_num_threads())
+    found = order_of_sums(BF16, 1, 64, 4096, True, torch.get_num_threads())
     monkeypatch.setattr(orders, "BLOCKS", (32, 128, 768))
-    orders._try_blocks.cache_clear()
-    assert summing_block(BF16, 1, 64, 4096, True, torch.get_num_threads()) == (4096 if found == 4096 else 0)
-    orders._try_blocks.cache_clear()
+    orders._try_halves.cache_clear()
+    whole = Sums(4096, 4096)
+    assert order_of_sums(BF16, 1, 64, 4096, True, torch.get_num_threads()) == (whole if found == whole else None)
+    orders._try_halves.cache_clear()
 
 
 FLOAT_SHAPES = [(1, 64), (24, 192), (25, 193), (100, 384), (256, 1024), (1030, 576), (7, 4100), (50, 13)]
@@ -236,10 +248,13 @@ def test_floats(shape: tuple[int, int], tokens: int, threads: int, by_native: li
         for bias in (None, torch.randn(shape[0])):
             weight, x = floats(*shape, skip=tokens % 5), torch.randn(2, tokens, shape[1])[:1]
             x[0, 0, :5] = torch.tensor([-0.0, 1.0, 3e38, 1e-40, 0.0])
-            block = summing_block(torch.float32, tokens, *shape, bias is not None, threads)
+            sums = order_of_sums(torch.float32, tokens, *shape, bias is not None, threads)
             by_native.clear()
             assert same(product.linear(x, weight, bias), functional.linear(x, weight, bias))
-            assert by_native == [block] * bool(block)
+            if sums is None or tokens <= product.FASTER_TOKENS_ELSE:
+                assert by_native == [sums.block for sums in [sums] if sums]
+            if sums is not None:
+                assert same(kernels.multiply(x, weight, bias, *sums), functional.linear(x, weight, bias))
     finally:
         torch.set_num_threads(before)
 
@@ -257,15 +272,18 @@ def test_floats_in_any_order_that_is_asked_for() -> None:
     """Against the definition, in numbers of twice the precision: products of float32 are exact in it."""
     generator = torch.Generator().manual_seed(0)
     weight, x, bias = (torch.randn(shape, generator=generator) for shape in ((30, 100), (37, 100), (30,)))
-    for block in (1, 16, 33, 96, 100, 512):
-        expected = bias.expand(37, 30)
-        for begin in range(0, 100, block):
-            total = torch.zeros(37, 30)
-            for column in range(begin, min(begin + block, 100)):
-                exact = x[:, None, column].double() * weight[None, :, column].double()
-                total = (total.double() + exact).float()
-            expected = expected + total
-        assert same(kernels.multiply(x, weight, bias, block), expected)
+    for block, part in ((1, 100), (16, 100), (33, 100), (33, 50), (96, 100), (16, 25), (100, 100), (512, 50)):
+        expected = torch.zeros(37, 30)
+        for first in range(0, 100, part):
+            sums = torch.zeros(37, 30) if first else bias.expand(37, 30)
+            for begin in range(first, min(first + part, 100), block):
+                total = torch.zeros(37, 30)
+                for column in range(begin, min(begin + block, first + part, 100)):
+                    exact = x[:, None, column].double() * weight[None, :, column].double()
+                    total = (total.double() + exact).float()
+                sums = sums + total
+            expected = expected + sums if first else sums
+        assert same(kernels.multiply(x, weight, bias, block, part), expected)
 
 
 @multiplies_floats
@@ -306,10 +324,10 @@ def test_one_token_of_floats(shape: tuple[int, int], quarter: int, by_native: li
     weight = memory[(quarter - kernels.first_in_quad(memory)) % 4 :][: shape[0] * shape[1]].view(shape)
     for bias in (None, torch.randn(shape[0])):
         for x in (torch.randn(1, shape[1]), torch.randn(1, 1, shape[1] + 1)[..., 1:], torch.randn(shape[1])):
-            is_known = sums_like_torch(*shape, bias is not None, quarter)
+            order = order_of_token(*shape, bias is not None, quarter)
             by_native.clear()
             assert same(product.linear(x, weight, bias), functional.linear(x, weight, bias))
-            assert by_native == [1] * is_known
+            assert by_native == [1] * (order is not None)
 
 
 @multiplies_floats
@@ -318,12 +336,12 @@ def test_one_token_of_floats(shape: tuple[int, int], quarter: int, by_native: li
 def test_one_token_of_floats_with_a_turned_matrix(shape: tuple[int, int], skip: int, by_native: list[int]) -> None:
     weight, bias = torch.randn(shape[0] * shape[1] + skip)[skip:].view(shape), torch.randn(shape[1])
     for x in (torch.randn(1, shape[0]), torch.randn(1, 1, shape[0])):
-        is_known = adds_like_torch(*shape)
+        at_once = order_of_columns(*shape)
         by_native.clear()
         got = product.turned(x, weight, bias)
         assert got.shape == (*x.shape[:-1], shape[1])
         assert same(got.view(1, -1), torch.addmm(bias, x.view(1, -1), weight))
-        assert by_native == [1] * is_known
+        assert by_native == [1] * bool(at_once and not shape[0] % at_once)
 
 
 @multiplies_floats
@@ -342,9 +360,9 @@ def test_what_is_left_over_of_rows_is_torchs(by_native: list[int]) -> None:
 @multiplies_floats
 def test_an_order_of_floats_that_is_not_among_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orders, "FLOAT_BLOCKS", (1, 5))
-    orders._try_blocks.cache_clear()
-    assert summing_block(torch.float32, 16, 64, 384, True, torch.get_num_threads()) == 0
-    orders._try_blocks.cache_clear()
+    orders._try_floats.cache_clear()
+    assert order_of_sums(torch.float32, 16, 64, 384, True, torch.get_num_threads()) is None
+    orders._try_floats.cache_clear()
 
 
 def test_what_cannot_stay_packed() -> None:

@@ -1,4 +1,4 @@
-"""Matrices of bf16 stream in ranges of rows: where not all fits, at the profile's price, and with the same bits."""
+"""Large matrices stream in ranges of rows: where not all fits, at the profile's price, and with the same bits."""
 
 from dataclasses import replace
 
@@ -8,6 +8,9 @@ import transformers as hf
 
 import hermes
 from hermes.memory.probe import resident_bytes
+from hermes.model import binding
+from hermes.model.orders import deals_out_rows
+from hermes.model.product import knows_rows
 from hermes.model.units import MATRIX_ROWS
 from hermes.profile import ComputeRecord
 from hermes.session import Workload, prepare, prepare_model
@@ -43,7 +46,7 @@ def test_as_resident(tmp_path, monkeypatch):
     resident = hf.LlamaForCausalLM.from_pretrained(path)
     generation = {"max_new_tokens": 4, "do_sample": False}
     budget = resident_bytes() + 400 * 2**20
-    with torch.no_grad(), hermes.load(path, budget=budget, resident_bytes=0) as model:
+    with torch.no_grad(), hermes.load(path, budget=budget, resident_bytes=0, sequence_length=40) as model:
         found = ranges_of(model.hermes.prepared)
         assert {name for name in found if name.startswith("model.layers.1.mlp.up_proj")} == {
             f"model.layers.1.mlp.up_proj[{begin}:{min(begin + MATRIX_ROWS, 896)}]"
@@ -54,12 +57,48 @@ def test_as_resident(tmp_path, monkeypatch):
         assert torch.equal(model.generate(IDS, **generation), resident.generate(IDS, **generation))
 
 
-def test_only_where_not_all_fits_and_kernels_round_alike(tmp_path):
+def test_only_where_not_all_fits_and_kernels_round_alike(tmp_path, monkeypatch):
     path = make(tmp_path / "bf16", torch.bfloat16)
     assert ranges_of(prepare_model(path, workload=WORKLOAD))
     assert ranges_of(prepare_model(path, workload=WORKLOAD, room_bytes=prepare.PROCESS_BYTES))
     assert not ranges_of(prepare_model(path, workload=WORKLOAD, room_bytes=ROOM))
-    assert not ranges_of(prepare_model(make(tmp_path / "fp32", torch.float32), workload=WORKLOAD))
+    monkeypatch.setattr(prepare, "knows_rows", lambda dtype, tokens, *_: tokens == 1)
+    assert not ranges_of(prepare_model(path, workload=WORKLOAD))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_matrix_is_put_together_for_numbers_of_tokens_that_need_it_whole(tmp_path, monkeypatch, dtype):
+    path = make(tmp_path, dtype)
+    monkeypatch.setattr(prepare, "PROCESS_BYTES", 2**40)
+    monkeypatch.setattr(prepare, "knows_rows", lambda dtype, tokens, *_: tokens in (1, 40))
+    monkeypatch.setattr(binding, "knows_rows", lambda *what: what[1] != 7 and knows_rows(*what))
+    resident = hf.LlamaForCausalLM.from_pretrained(path)
+    budget = resident_bytes() + 400 * 2**20
+    with torch.no_grad(), hermes.load(path, budget=budget, resident_bytes=0, sequence_length=40) as model:
+        assert ranges_of(model.hermes.prepared)
+        largest = 3000 if dtype == torch.float32 else 896  # its vocabulary is cut like a matrix, not like a head
+        assert model.hermes.prepared.gathered_bytes(7) == largest * 256 * dtype.itemsize
+        assert not model.hermes.prepared.gathered_bytes(40)
+        for length in (7, 40, 23):
+            ids = IDS[:, :length]
+            got, expected = (net(ids, output_hidden_states=True).hidden_states for net in (model, resident))
+            assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+def test_one_tokens_scores_are_those_of_the_whole_head(tmp_path):
+    """Of an odd number of rows, which torch's threads share: what each leaves over of four it sums otherwise."""
+    torch.manual_seed(0)
+    config = hf.GPT2Config(n_embd=128, n_layer=1, n_head=2, n_positions=32, vocab_size=8197)
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    resident = hf.GPT2LMHeadModel.from_pretrained(tmp_path)
+    with torch.no_grad(), hermes.load(tmp_path, budget=resident_bytes() + 400 * 2**20, resident_bytes=0) as model:
+        rows = [unit.rows for unit in model.hermes.prepared.partition.units if unit.rows]
+        assert len(rows) == (4 if deals_out_rows(2) else 3)
+        assert rows[-1][1] == 8197
+        for token in range(8):
+            ids = torch.tensor([[token]])
+            got, expected = model(ids).logits, resident(ids).logits
+            assert torch.equal(got, expected) or not deals_out_rows(2)
 
 
 def test_a_profile_of_ranges_knows_what_the_whole_matrix_costs(tmp_path):

@@ -11,12 +11,13 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from hermes.errors import EngineError
 from hermes.memory.arena import Arena
 from hermes.model.blocks import Block, Bound, LoadFactory
 from hermes.model.mapping import is_plain_linear, is_turned_linear
-from hermes.model.product import turned
+from hermes.model.product import is_exact, knows_rows, turned
 from hermes.model.quantized import QuantizedRows
 from hermes.model.rows import RowTable
 from hermes.model.units import Partition, Unit
@@ -115,7 +116,10 @@ class Binding:
         for name, units in partition.heads.items():
             ranges = [(block_of_unit[unit], partition.units[unit].rows or (0, 0)) for unit in units]
             head = cast(nn.Linear, modules[name])
-            self._replace(head, self._linear_forward(head, name, ranges))
+            forward = self._linear_forward(head, name, ranges)
+            if name in partition.matrices:
+                forward = self._matrix_forward(head, name, ranges, forward)
+            self._replace(head, forward)
         for home in factory.homes:
             home.watch(self._adopt)
         self._replace(module, self._pass_forward(module))
@@ -252,6 +256,29 @@ class Binding:
                 part = None if bias is None else bias[begin:end]
                 output[..., begin:end] = self._blocks[block].matrices[name].linear(input, part)
             return output
+
+        return forward
+
+    def _matrix_forward(
+        self,
+        linear: nn.Linear,
+        name: str,
+        ranges: Sequence[tuple[int, tuple[int, int]]],
+        by_ranges: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Of ranges of a matrix; put together again where they would not round like the whole one."""
+        shape, step, bias = (linear.out_features, linear.in_features), ranges[0][1][1], linear.bias
+        dtype = linear.weight.dtype
+
+        def forward(input: torch.Tensor) -> torch.Tensor:
+            tokens = input.numel() // shape[1]
+            if is_exact(input, dtype, bias) and knows_rows(dtype, tokens, shape, step, bias is not None):
+                return by_ranges(input)
+            whole = torch.empty(shape, dtype=dtype)
+            for block, (begin, end) in ranges:
+                self.enter(block)
+                whole[begin:end] = cast(Bound, self._blocks[block].matrices[name]).live
+            return functional.linear(input, whole, bias)
 
         return forward
 

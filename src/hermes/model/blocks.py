@@ -74,6 +74,7 @@ class Bound:
         if isinstance(tensor, nn.Parameter):
             self.live = nn.Parameter(self.live, requires_grad=False)
         self._home = home if rows is None else None
+        self._whole_rows = None if rows is None else tensor.shape[0]
         self._shape = tuple(tensor.shape) if rows is None else (rows[1] - rows[0], *tensor.shape[1:])
         self._stride = _contiguous_stride(self._shape)
         self._item_bytes = tensor.element_size()
@@ -99,7 +100,7 @@ class Bound:
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`product.linear` with what is bound."""
-        return linear(x, self.live, bias)
+        return linear(x, self.live, bias, self._whole_rows)
 
     def unbind(self) -> None:
         """Forget the bytes; they may be anybody's from now on."""

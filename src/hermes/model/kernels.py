@@ -4,6 +4,7 @@ All of them run on torch's number of threads, without the interpreter lock, and 
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -11,11 +12,17 @@ from torch.nn import functional
 from hermes.checkpoint.decoder import native
 
 __all__ = [
-    "QUAD_ROWS", "can_multiply", "first_in_quad", "multiply", "multiply_token", "multiply_turned", "operands",
+    "EIGHT", "QUAD_ROWS", "TokenOrder", "can_multiply", "first_in_quad", "multiply", "multiply_token",
+    "multiply_turned", "operands",
 ]  # fmt: skip
 
 QUAD_ROWS = 4
 """One token of float32 goes through so many rows at a time, what is left over in another order."""
+EIGHT = 8
+"""Rows of a turned matrix that are added together, in one of the orders."""
+
+TokenOrder = Literal["lanes", "quads"]
+"""In 16 lanes, multiplied and added with one rounding, or in four, with two."""
 
 
 def can_multiply(dtype: torch.dtype) -> bool:
@@ -27,13 +34,13 @@ def can_multiply(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(native().can_multiply())
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block: int) -> torch.Tensor:
-    """`x @ weight.T + bias`, summed from nothing again after each `block` columns."""
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block: int, part: int) -> torch.Tensor:
+    """`x @ weight.T + bias`, summed from nothing again after each `block` columns, of float32 by parts (`Sums`)."""
     x = x.contiguous()
     what, output = operands(x, weight.shape[0], bias, block)
     if weight.dtype == torch.float32:
         scratch = torch.empty(native().float_scratch_bytes(what["tokens"], x.shape[-1]), dtype=torch.uint8)
-        native().multiply_floats(weight.data_ptr(), *weight.shape, scratch=scratch.data_ptr(), **what)
+        native().multiply_floats(weight.data_ptr(), *weight.shape, part=part, scratch=scratch.data_ptr(), **what)
     else:
         native().multiply(weight.data_ptr(), *weight.shape, **what)
     return output
@@ -53,28 +60,34 @@ def operands(x: torch.Tensor, rows: int, bias: torch.Tensor | None, block: int) 
     }, output
 
 
-def multiply_token(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same of one float32 token, in four lanes; but what is left over of rows, behind some others, by torch."""
+def multiply_token(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, order: TokenOrder) -> torch.Tensor:
+    """The same of one float32 token, in lanes; but what is left over of rows, behind some others, by torch."""
     rows, columns = weight.shape
     x = x.contiguous()
     output = x.new_empty(*x.shape[:-1], rows)
-    native().multiply_float_token(
-        weight.data_ptr(), rows, columns, x=x.data_ptr(), bias=0 if bias is None else bias.data_ptr(),
-        head=4 - first_in_quad(weight), y=output.data_ptr(), threads=torch.get_num_threads(),
-    )  # fmt: skip
+    what = {
+        "x": x.data_ptr(),
+        "bias": 0 if bias is None else bias.data_ptr(),
+        "y": output.data_ptr(),
+        "threads": torch.get_num_threads(),
+    }
+    if order == "lanes":
+        native().multiply_float_lanes(weight.data_ptr(), rows, columns, **what)
+    else:
+        native().multiply_float_token(weight.data_ptr(), rows, columns, head=4 - first_in_quad(weight), **what)
     if rest := rows % QUAD_ROWS:
         last = slice(-rest - QUAD_ROWS, None)
         output[..., -rest:] = functional.linear(x, weight[last], None if bias is None else bias[last])[..., -rest:]
     return output
 
 
-def multiply_turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`x @ weight + bias` of one float32 token, one row after the other added to the bias."""
+def multiply_turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, at_once: int) -> torch.Tensor:
+    """`x @ weight + bias` of one float32 token, one row after the other added to the bias, or eight (`EIGHT`)."""
     x = x.contiguous()
     output = x.new_empty(*x.shape[:-1], weight.shape[1])
     native().multiply_float_columns(
-        weight.data_ptr(), *weight.shape, x=x.data_ptr(), bias=bias.data_ptr(), y=output.data_ptr(),
-        threads=torch.get_num_threads(),
+        weight.data_ptr(), *weight.shape, x=x.data_ptr(), bias=bias.data_ptr(), by_eight=at_once == EIGHT,
+        y=output.data_ptr(), threads=torch.get_num_threads(),
     )  # fmt: skip
     return output
 

@@ -1,17 +1,32 @@
 """In which order torch's products sum, found out by trying: where the native module's have the same bits.
 
 Of bf16 oneDNN sums pairs of columns in order, of float32 MKL column after column, and both from nothing again after
-each so many. One token of float32 MKL sums in four lanes, or row after row where the matrix lies turned.
+each so many; MKL may have threads share the columns too. One token of float32 MKL sums in lanes, or row after row where
+the matrix lies turned, in ways that differ with the width of its vectors.
 """
 
 import functools
+import mmap
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from hermes.model.kernels import QUAD_ROWS, can_multiply, first_in_quad, multiply, multiply_token, multiply_turned
+from hermes.model.kernels import (
+    EIGHT,
+    QUAD_ROWS,
+    TokenOrder,
+    can_multiply,
+    first_in_quad,
+    multiply,
+    multiply_token,
+    multiply_turned,
+)
 
-__all__ = ["FLOAT_TOKENS", "GROUP_ROWS", "MOST_TOKENS", "adds_like_torch", "summing_block", "sums_like_torch"]
+__all__ = [
+    "FLOAT_TOKENS", "GROUP_ROWS", "MOST_TOKENS", "Sums", "deals_out_rows", "order_of_columns", "order_of_sums",
+    "order_of_token", "rounds_in_ranges",
+]  # fmt: skip
 
 MOST_TOKENS = 16
 """Of bf16; above, torch's own product and the unpacking before it are faster."""
@@ -24,81 +39,190 @@ GROUP_ROWS = 16
 """And, of plain rows, of this."""
 BLOCKS = (512, 1024, 256, 2048)
 """Columns after which kernels of bf16 were seen to begin a new sum, or might."""
-FLOAT_BLOCKS = (192, 256, 320, 336, 384, 448, 512)
+FLOAT_BLOCKS = (384, 192, 256, 320, 336, 448, 512)
 """And kernels of float32."""
 TRIED_BYTES = 2**20
-"""Of a matrix to find the order of sums with."""
+"""Of a matrix to find the order of sums with, where it is that of any number of rows."""
+TRIED_ROWS = 8
+"""At the beginning, at both sides of the middle and at the end, where threads may meet, of a matrix that is zero
+elsewhere: MKL decides by the number of rows whether threads share columns, so the matrix has all of them."""
 
 
-def summing_block(dtype: torch.dtype, tokens: int, rows: int, columns: int, has_bias: bool, threads: int) -> int:
-    """After so many columns torch's product of this shape begins a new sum on this machine; 0 if in no known way.
+class Sums(NamedTuple):
+    """A sum begins from nothing after each `block` columns and each `part`; those of a part are added up first."""
 
-    By trying, with at most `TRIED_BYTES` of rows: kernels deal rows out to threads, each of them summed alike. 0 too
-    where the native module has no product for it, or a slower one.
+    block: int
+    part: int
+
+
+def order_of_sums(
+    dtype: torch.dtype, tokens: int, rows: int, columns: int, has_bias: bool, threads: int
+) -> Sums | None:
+    """How torch's product of this shape sums on this machine; None if in no known way, or there is no product for it.
+
+    By trying, of bf16 with at most `TRIED_BYTES` of rows: its kernels sum each row alike, however many there are.
     """
     if dtype == torch.float32:
         fits = tokens in FLOAT_TOKENS and columns > 0
     else:
         fits = 0 < tokens <= MOST_TOKENS and not columns % COLUMNS
     if not fits or not can_multiply(dtype):
-        return 0
+        return None
+    if dtype == torch.float32:
+        return _try_floats(tokens, rows, columns, has_bias, threads)
     tried = max(GROUP_ROWS, TRIED_BYTES // (dtype.itemsize * columns))
-    return _try_blocks(dtype, tokens, min(rows, tried), columns, has_bias, threads)
+    return _try_halves(tokens, min(rows, tried), columns, has_bias, threads)
 
 
 @functools.cache
-def _try_blocks(dtype: torch.dtype, tokens: int, rows: int, columns: int, has_bias: bool, threads: int) -> int:
-    """Some milliseconds: numbers whose products cancel each other all but entirely, so that every other order shows."""
+def _try_halves(tokens: int, rows: int, columns: int, has_bias: bool, threads: int) -> Sums | None:
+    """Some milliseconds, as `_try_floats` takes."""
     generator = torch.Generator().manual_seed(columns)
-    half = columns // 2
     padded = -(-rows // GROUP_ROWS) * GROUP_ROWS
+    x, weight = _cancelling(tokens, padded, columns, torch.bfloat16, generator)
+    # Their products are exact in float32, so that what is left of such sums is rounding alone, as large as this bias.
+    bias = (torch.randn(padded, generator=generator) / 2**18).bfloat16() if has_bias else None
+    expected = functional.linear(x, weight[:rows], None if bias is None else bias[:rows])
+    for block in (*BLOCKS, columns):
+        if _have_same_bits(multiply(x, weight, bias, block, columns)[:, :rows], expected):
+            return Sums(block, columns)
+    return None
+
+
+@functools.cache
+def _try_floats(tokens: int, rows: int, columns: int, has_bias: bool, threads: int) -> Sums | None:
+    generator = torch.Generator().manual_seed(columns)
+    index = _ends_and_middle(0, rows)
+    x, tried = _cancelling(tokens, len(index), columns, torch.float32, generator)
+    bias = torch.randn(rows, generator=generator) / 2**18 if has_bias else None
+    weight = _zeros(rows, columns, torch.float32)
+    weight[index] = tried
+    expected = functional.linear(x, weight, bias)[:, index]
+    bias = None if bias is None else bias[index]
+    few = slice(None, GROUP_ROWS)
+    for sums in _float_sums(columns, threads):
+        if all(_have_same_bits(multiply(x[some], tried, bias, *sums), expected[some]) for some in (few, slice(None))):
+            return sums
+    return None
+
+
+@functools.cache
+def rounds_in_ranges(tokens: int, rows: int, columns: int, step: int, has_bias: bool, threads: int) -> bool:
+    """Whether torch's products of bf16 with each `step` rows of a matrix have the bits of the one with all its rows.
+
+    By trying. Where oneDNN begins new sums may depend on the number of rows.
+    """
+    generator = torch.Generator().manual_seed(columns)
+    ranges = {(begin, min(begin + step, rows)) for begin in (0, rows // step // 2 * step, (rows - 1) // step * step)}
+    places = [(begin, end, _ends_and_middle(begin, end)) for begin, end in sorted(ranges)]
+    x, tried = _cancelling(tokens, sum(len(index) for *_, index in places), columns, torch.bfloat16, generator)
+    weight = _zeros(rows, columns, torch.bfloat16)
+    weight[torch.cat([index for *_, index in places])] = tried
+    bias = (torch.randn(rows, generator=generator) / 2**18).bfloat16() if has_bias else None
+    expected = functional.linear(x, weight, bias)
+    return all(
+        _have_same_bits(
+            functional.linear(x, weight[begin:end], None if bias is None else bias[begin:end])[:, index - begin],
+            expected[:, index],
+        )
+        for begin, end, index in places
+    )
+
+
+def _ends_and_middle(begin: int, end: int) -> torch.Tensor:
+    """Numbers of some rows of a range: at both ends, and at both sides of the middle."""
+    middle = (begin + end) // 2
+    parts = ((begin, begin + TRIED_ROWS), (middle - TRIED_ROWS, middle + TRIED_ROWS), (end - TRIED_ROWS, end))
+    return torch.tensor(sorted({row for part in parts for row in range(*part) if begin <= row < end}))
+
+
+def _float_sums(columns: int, threads: int) -> list[Sums]:
+    shares = [2**n for n in range(threads.bit_length()) if not columns % 2**n]
+    return [Sums(block, columns // share) for share in shares for block in FLOAT_BLOCKS]
+
+
+def _zeros(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory that takes none until it is written: what is only read is one page of the system's, again and again."""
+    memory = mmap.mmap(-1, dtype.itemsize * rows * columns, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
+
+
+def _cancelling(
+    tokens: int, rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and rows whose products cancel each other all but entirely, so that every other order shows."""
+    half = columns // 2
     x = _distinct_rows(tokens, columns, generator).to(dtype)
-    weight = (_distinct_rows(padded, columns, generator) / 64).to(dtype)
-    # Products of bf16 are exact in float32, so that what is left of such sums is rounding alone, as large as this bias.
+    weight = (_distinct_rows(rows, columns, generator) / 64).to(dtype)
     x[:, half : 2 * half] = x[:, :half].roll(7, dims=1)
     weight[:, half : 2 * half] = -weight[:, :half].roll(7, dims=1)
-    bias = (torch.randn(padded, generator=generator) / 2**18).to(dtype) if has_bias else None
-    expected = functional.linear(x, weight[:rows], None if bias is None else bias[:rows])
-    for block in (*BLOCKS, columns) if dtype == torch.bfloat16 else FLOAT_BLOCKS:
-        if _have_same_bits(multiply(x, weight, bias, block)[:, :rows], expected):
-            return block
-    return 0
+    return x, weight
 
 
-def sums_like_torch(rows: int, columns: int, has_bias: bool, quarter: int) -> bool:
-    """Whether torch sums one float32 token as `multiply_token` does; rows begin so many numbers behind 16 bytes.
+def order_of_token(rows: int, columns: int, has_bias: bool, quarter: int) -> TokenOrder | None:
+    """How torch sums one float32 token, of the ways that `multiply_token` has; None if in none of them.
 
-    By trying, like `summing_block`.
+    By trying, like `order_of_sums`. Rows begin `quarter` numbers behind 16 bytes.
     """
-    if rows < 2 * QUAD_ROWS or not columns or columns % QUAD_ROWS:
-        return False
-    tried = max(2 * QUAD_ROWS, TRIED_BYTES // (4 * columns)) // QUAD_ROWS * QUAD_ROWS + rows % QUAD_ROWS
-    return _try_token(min(rows, tried), columns, has_bias, quarter, torch.get_num_threads())
+    if rows < 2 * QUAD_ROWS or not columns:
+        return None
+    threads = torch.get_num_threads()
+    tried = max(2 * QUAD_ROWS * threads, TRIED_BYTES // (4 * columns)) // (QUAD_ROWS * threads) * QUAD_ROWS * threads
+    tried = min(rows, tried + rows % (QUAD_ROWS * threads))
+    return _try_token(tried, columns, has_bias, quarter, threads)
 
 
 @functools.cache
-def _try_token(rows: int, columns: int, has_bias: bool, quarter: int, threads: int) -> bool:
+def _try_token(rows: int, columns: int, has_bias: bool, quarter: int, threads: int) -> TokenOrder | None:
     generator = torch.Generator().manual_seed(columns)
     memory = torch.empty(rows * columns + 2 * QUAD_ROWS)
     weight = memory[(quarter - first_in_quad(memory)) % 4 :][: rows * columns].view(rows, columns)
     weight.copy_(_distinct_rows(rows, columns, generator))
     x, bias = torch.randn(1, columns, generator=generator), torch.randn(rows, generator=generator)
     given = bias if has_bias else None
-    return _have_same_bits(multiply_token(x, weight, given), functional.linear(x, weight, given))
-
-
-def adds_like_torch(rows: int, columns: int) -> bool:
-    """Whether `torch.addmm` of one float32 token adds row after row. By trying, with at most `TRIED_BYTES` of rows."""
-    tried = min(rows, max(1, TRIED_BYTES // (4 * max(1, columns))))
-    return bool(rows and columns) and _try_turned(tried, columns, torch.get_num_threads())
+    expected = functional.linear(x, weight, given)
+    orders: tuple[TokenOrder, ...] = ("lanes",) if columns % QUAD_ROWS else ("lanes", "quads")
+    return next((order for order in orders if _have_same_bits(multiply_token(x, weight, given, order), expected)), None)
 
 
 @functools.cache
-def _try_turned(rows: int, columns: int, threads: int) -> bool:
+def deals_out_rows(threads: int) -> bool:
+    """Whether torch gives threads equal shares of one float32 token's rows, and each sums in "lanes" but for the last.
+
+    Those are what is left over of four rows in each share. By trying.
+    """
+    generator = torch.Generator().manual_seed(threads)
+    rows, columns = threads * 64 + 1, 1024
+    weight = _distinct_rows(rows, columns, generator)
+    x = torch.randn(1, columns, generator=generator)
+    shares = weight.split(-(-rows // threads))
+    if not can_multiply(torch.float32):
+        return False
+    parts = [multiply_token(x, share, None, "lanes") for share in shares]
+    return _have_same_bits(torch.cat(parts, dim=1), functional.linear(x, weight))
+
+
+def order_of_columns(rows: int, columns: int) -> int:
+    """How many rows `torch.addmm` of one float32 token adds at a time, of those that `multiply_turned` knows; or 0.
+
+    By trying, with at most `TRIED_BYTES` of rows.
+    """
+    tried = min(rows, max(1, TRIED_BYTES // (4 * max(1, columns)) // EIGHT) * EIGHT)
+    return _try_turned(tried, columns, torch.get_num_threads()) if rows and columns else 0
+
+
+@functools.cache
+def _try_turned(rows: int, columns: int, threads: int) -> int:
     generator = torch.Generator().manual_seed(columns)
     weight = _distinct_rows(rows, columns, generator)
     x, bias = torch.randn(1, rows, generator=generator), torch.randn(columns, generator=generator)
-    return _have_same_bits(multiply_turned(x, weight, bias), torch.addmm(bias, x, weight))
+    expected = torch.addmm(bias, x, weight)
+    for at_once in (1,) if rows % EIGHT else (EIGHT, 1):
+        if _have_same_bits(multiply_turned(x, weight, bias, at_once), expected):
+            return at_once
+    return 0
 
 
 def _have_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

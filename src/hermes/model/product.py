@@ -18,15 +18,36 @@ from torch.nn import functional
 
 from hermes.checkpoint.chunks import ChunkRun
 from hermes.checkpoint.decoder import check, native
-from hermes.model.kernels import can_multiply, first_in_quad, multiply, multiply_token, multiply_turned, operands
-from hermes.model.orders import GROUP_ROWS, adds_like_torch, summing_block, sums_like_torch
-from hermes.model.units import MATRIX_ROWS
+from hermes.model.kernels import (
+    QUAD_ROWS,
+    can_multiply,
+    first_in_quad,
+    multiply,
+    multiply_token,
+    multiply_turned,
+    operands,
+)
+from hermes.model.orders import GROUP_ROWS, Sums, order_of_columns, order_of_sums, order_of_token, rounds_in_ranges
+from hermes.model.units import MATRIX_ROWS, row_step
 from hermes.pipeload import Place
 
-__all__ = ["PackedRows", "can_stay_packed", "finish", "linear", "try_order", "turned"]
+__all__ = [
+    "PackedRows",
+    "can_stay_packed",
+    "finish",
+    "is_exact",
+    "knows_rows",
+    "linear",
+    "packed_step",
+    "try_order",
+    "turned",
+]
 
 TILE_BYTES = 4 * 2**20
-"""Unpacked at a time for torch, or the fewest rows that round like the whole matrix."""
+"""Unpacked at a time for torch, where so few rows round like the whole matrix."""
+FASTER_TOKENS = {192: 512}
+"""Of float32, by the block of torch's sums: up to so many tokens the native product is faster than MKL's."""
+FASTER_TOKENS_ELSE = 160
 PACKED_COLUMNS = 64
 """The native product takes packed rows of multiples of this: none begins within a block of the codec's."""
 
@@ -85,18 +106,19 @@ class PackedRows:
         """`functional.linear` with these rows, on torch's number of threads."""
         if not self._matrix:
             raise RuntimeError(f"{self._run.where} is not in memory")
-        block = _block_for(x, torch.bfloat16, self._shape, bias)
-        if not block:
+        sums = _sums_for(x, torch.bfloat16, self._shape, bias)
+        if sums is None:
             return self._unpack_and_multiply(x, bias)
         x = x.contiguous()
-        what, output = operands(x, self._shape[0], bias, block)
+        what, output = operands(x, self._shape[0], bias, sums.block)
         check(native().multiply_packed(*self._matrix, **what), self._run.where)
         return output
 
     def _unpack_and_multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows, columns = self._shape
-        step = max(1, TILE_BYTES // (2 * columns * MATRIX_ROWS)) * MATRIX_ROWS
-        tile = torch.empty(min(step, rows), columns, dtype=torch.bfloat16)
+        tokens = x.numel() // columns
+        step = (is_exact(x, torch.bfloat16, bias) and packed_step(self._shape, tokens, bias is not None)) or rows
+        tile = torch.empty(step, columns, dtype=torch.bfloat16)
         output = x.new_empty(*x.shape[:-1], rows)
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
@@ -109,52 +131,85 @@ class PackedRows:
         return output
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`functional.linear`; by the native module where that is faster and has the same bits."""
-    shape = (weight.shape[0], weight.shape[1])
-    if weight.is_contiguous():
-        if _is_one_float(x, weight, shape[1], bias) and sums_like_torch(
-            *shape, bias is not None, first_in_quad(weight)
-        ):
-            return multiply_token(x, weight, bias)
-        block = _block_for(x, weight.dtype, shape, bias)
-        if block and (weight.dtype != torch.bfloat16 or not shape[0] % GROUP_ROWS):
-            return multiply(x, weight, bias, block)
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, whole_rows: int | None = None
+) -> torch.Tensor:
+    """`functional.linear`; by the native module where that is faster and has the same bits.
+
+    Of float32, `weight` may be some rows of a matrix of `whole_rows`: the bits are then those of the product with all
+    of it, where `knows_rows` says so.
+    """
+    rows, columns = weight.shape
+    if not weight.is_contiguous():
+        return functional.linear(x, weight, bias)
+    if _is_one_float(x, weight.dtype, columns, bias):
+        even = rows if whole_rows is None else rows - rows % (QUAD_ROWS * torch.get_num_threads())
+        order = order_of_token(even, columns, bias is not None, first_in_quad(weight))
+        if order is not None:
+            return multiply_token(x, weight, bias, order)
+    sums = _sums_for(x, weight.dtype, (rows if whole_rows is None else whole_rows, columns), bias)
+    if sums is not None:
+        most = math.inf if whole_rows is not None else FASTER_TOKENS.get(sums.block, FASTER_TOKENS_ELSE)
+        if not rows % GROUP_ROWS if weight.dtype == torch.bfloat16 else x.numel() <= most * columns:
+            return multiply(x, weight, bias, *sums)
     return functional.linear(x, weight, bias)
 
 
 def try_order(layer: nn.Linear, tokens: int) -> None:
     """Find out now what `linear` would at its first use with so many tokens of this layer."""
     shape = (layer.weight.shape[0], layer.weight.shape[1])
-    summing_block(layer.weight.dtype, tokens, *shape, layer.bias is not None, torch.get_num_threads())
+    order_of_sums(layer.weight.dtype, tokens, *shape, layer.bias is not None, torch.get_num_threads())
+
+
+def packed_step(shape: tuple[int, int], tokens: int, has_bias: bool) -> int:
+    """Rows of a packed matrix that are unpacked at a time: all of them, if fewer round otherwise; 0 if none are."""
+    if order_of_sums(torch.bfloat16, tokens, *shape, has_bias, torch.get_num_threads()) is not None:
+        return 0
+    step = row_step(shape, 2 * shape[0] * shape[1], TILE_BYTES, MATRIX_ROWS)
+    return min(step, shape[0]) if knows_rows(torch.bfloat16, tokens, shape, step, has_bias) else shape[0]
+
+
+def knows_rows(dtype: torch.dtype, tokens: int, shape: tuple[int, int], step: int, has_bias: bool) -> bool:
+    """Whether `linear` of each `step` rows of a matrix, told of the whole, has the bits of torch's product with it all.
+
+    Found out by trying, once for each number of tokens. `step` is a multiple of `MATRIX_ROWS`.
+    """
+    threads = torch.get_num_threads()
+    if dtype == torch.bfloat16:
+        return rounds_in_ranges(tokens, *shape, step, has_bias, threads)
+    if dtype == torch.float32 and tokens == 1:  # each row is summed alike, but for what threads leave over of four
+        return not shape[0] % (QUAD_ROWS * threads)
+    return dtype == torch.float32 and order_of_sums(dtype, tokens, *shape, has_bias, threads) is not None
 
 
 def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`x @ weight + bias` as `torch.addmm` gives it: what transformers' Conv1D is; likewise."""
     rows, columns = weight.shape
-    if weight.is_contiguous() and _is_one_float(x, weight, rows, bias) and adds_like_torch(*weight.shape):
-        return multiply_turned(x, weight, bias)
+    if weight.is_contiguous() and _is_one_float(x, weight.dtype, rows, bias):
+        at_once = order_of_columns(rows, columns)
+        if at_once and not rows % at_once:
+            return multiply_turned(x, weight, bias, at_once)
     return torch.addmm(bias, x.view(-1, rows), weight).view(*x.shape[:-1], columns)
 
 
-def _is_one_float(x: torch.Tensor, weight: torch.Tensor, columns: int, bias: torch.Tensor | None) -> bool:
+def _is_one_float(x: torch.Tensor, dtype: torch.dtype, columns: int, bias: torch.Tensor | None) -> bool:
     """Whether this is one token of float32, for one of the native products."""
     return (
-        weight.dtype == torch.float32
+        dtype == torch.float32
         and x.numel() == columns == x.shape[-1]
-        and _is_exact(x, torch.float32, bias)
+        and is_exact(x, torch.float32, bias)
         and can_multiply(torch.float32)
     )
 
 
-def _block_for(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int], bias: torch.Tensor | None) -> int:
-    """`summing_block` for these operands; 0 where the native product is not for them."""
-    if x.shape[-1] != shape[1] or not _is_exact(x, dtype, bias):
-        return 0
-    return summing_block(dtype, math.prod(x.shape[:-1]), *shape, bias is not None, torch.get_num_threads())
+def _sums_for(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int], bias: torch.Tensor | None) -> Sums | None:
+    """`order_of_sums` for these operands; None where the native product is not for them."""
+    if x.shape[-1] != shape[1] or not is_exact(x, dtype, bias):
+        return None
+    return order_of_sums(dtype, math.prod(x.shape[:-1]), *shape, bias is not None, torch.get_num_threads())
 
 
-def _is_exact(x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> bool:
+def is_exact(x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> bool:
     """Whether operands are of this type, and torch multiplies them as they are."""
     return (
         x.dtype == dtype

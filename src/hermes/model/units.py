@@ -18,7 +18,7 @@ from hermes.model.mapping import Source, WeightMap, is_plain_linear
 from hermes.model.trace import Trace, Use
 from hermes.pipeload import smallest_ring
 
-__all__ = ["GRANULARITIES", "Granularity", "Partition", "Unit", "group_units", "partition"]
+__all__ = ["GRANULARITIES", "Granularity", "Partition", "Unit", "group_units", "partition", "row_step"]
 
 Granularity = Literal["leaf", "joined", "half", "layer"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
@@ -57,6 +57,7 @@ class Partition:
         pinned: names of parameters and buffers.
         rowwise: embedding modules read by row.
         heads: for each head cut by rows, its units' numbers.
+        matrices: the ones among them that are no heads, but large.
     """
 
     units: tuple[Unit, ...]
@@ -64,6 +65,7 @@ class Partition:
     pinned: tuple[str, ...]
     rowwise: tuple[str, ...]
     heads: Mapping[str, tuple[int, ...]]
+    matrices: frozenset[str] = frozenset()
 
 
 def partition(
@@ -73,10 +75,12 @@ def partition(
     *,
     head_rows: int = HEAD_ROWS,
     matrix_bytes: int | None = None,
+    shares: int = 1,
 ) -> Partition:
     """Cut `module` along its trace, or (without one) in the order in which its modules were registered.
 
-    With `matrix_bytes`, matrices of linear layers above that size are cut into ranges of rows as wide heads are.
+    With `matrix_bytes`, matrices of linear layers above that size are cut into ranges of rows as wide heads are. Ranges
+    of a head end where so many equal `shares` of its rows do.
     """
     tables = _Tables(module, weights.sources)
     uses = tables.uses(trace)
@@ -127,10 +131,13 @@ def partition(
     last = len(uses)
     for name in sorted({*owned, *cut}, key=lambda name: order.get(name, last)):
         if name in cut:
-            most, rows = (matrix_bytes or 0, MATRIX_ROWS) if name in large_matrices else (largest, head_rows)
-            ranges = _row_ranges(tables.shape(tables.weight(name)), nbytes[tables.weight(name)], most, rows)
+            weight = tables.weight(name)
+            if name in large_matrices:
+                ranges = _row_ranges(tables.shape(weight), nbytes[weight], matrix_bytes or 0, MATRIX_ROWS)
+            else:
+                ranges = _row_ranges(tables.shape(weight), nbytes[weight], largest, head_rows, shares)
             heads[name] = [len(units) + number for number in range(len(ranges))]
-            units += [Unit(module=name, parameters=(tables.weight(name),), rows=rows) for rows in ranges]
+            units += [Unit(module=name, parameters=(weight,), rows=rows) for rows in ranges]
         else:
             units.append(Unit(module=name, parameters=tuple(owned[name])))
         if name in order:
@@ -141,6 +148,7 @@ def partition(
         pinned=tuple(pinned),
         rowwise=tuple(sorted(rowwise)),
         heads={name: tuple(numbers) for name, numbers in heads.items()},
+        matrices=frozenset(large_matrices),
     )
 
 
@@ -185,10 +193,23 @@ def _group(module: str, granularity: Granularity) -> str:
     return f"{match[1]} {'attention' if 'att' in (match[2] or '').lower() else 'feed-forward'}"
 
 
-def _row_ranges(shape: Sequence[int], nbytes: int, most_bytes: int, rows: int) -> list[tuple[int, int]]:
-    """Ranges of at most `most_bytes`, in multiples of so many rows; of one multiple where that is more."""
-    step = max(1, most_bytes // (nbytes // shape[0] * rows)) * rows
-    return [(begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step)]
+def row_step(shape: Sequence[int], nbytes: int, most_bytes: int, rows: int) -> int:
+    """Rows of a range of at most `most_bytes`, a multiple of so many, or so many where that is more."""
+    return max(1, most_bytes // (nbytes // shape[0] * rows)) * rows
+
+
+def _row_ranges(
+    shape: Sequence[int], nbytes: int, most_bytes: int, rows: int, shares: int = 1
+) -> list[tuple[int, int]]:
+    """Ranges of `row_step` rows; the last one of each share may have fewer."""
+    step = row_step(shape, nbytes, most_bytes, rows)
+    share = -(-shape[0] // shares)
+    ends = [min(end, shape[0]) for end in range(share, shape[0] + share, share)]
+    return [
+        (begin, min(begin + step, end))
+        for start, end in zip([0, *ends], ends, strict=False)
+        for begin in range(start, end, step)
+    ]
 
 
 def _interrupted(uses: Sequence[Use], trace: Trace, rowwise: set[str], large: set[str]) -> set[str]:

@@ -29,6 +29,7 @@ def demand_of(prepared: Prepared, heap_bytes: int) -> Callable[[Sequence[Any], M
         heap_bytes=heap_bytes,
         vocabulary_size=vocabulary_size(module) if prepared.workload.max_new_tokens else 0,
         eager_heads=int(getattr(config, "num_attention_heads", 0) or 0) if eager else 0,
+        gathered_bytes=prepared.gathered_bytes,
     )
 
 
@@ -42,6 +43,7 @@ class Demand:
         heap_bytes: what the plan has set aside.
         vocabulary_size: scores for each position that a head computes; 0 without a head.
         eager_heads: of attention that writes its scores out; 0 if it does not.
+        gathered_bytes: by the number of tokens, of a matrix that comes in ranges and is needed whole.
     """
 
     planned: Workload
@@ -49,11 +51,15 @@ class Demand:
     heap_bytes: int
     vocabulary_size: int
     eager_heads: int
+    gathered_bytes: Callable[[int], int] = lambda tokens: 0
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """Bytes of heap for a pass with these inputs; what the plan has set aside at least. Microseconds."""
         shape = pass_shape(args, kwargs)
-        return self.heap_bytes if shape is None else max(self.heap_bytes, self._bytes(shape))
+        if shape is None:
+            return self.heap_bytes
+        gathered = self.gathered_bytes(shape.batch_size * (shape.tokens or 0))
+        return max(self.heap_bytes, self._bytes(shape)) + gathered
 
     def _bytes(self, shape: PassShape) -> int:
         planned, trace = self.planned, self.trace

@@ -1,7 +1,8 @@
 """Everything about a model that can be known without reading a weight: skeleton, sources, trace, units, loads."""
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,8 @@ from hermes.model.blocks import Block, LoadFactory, torch_dtype
 from hermes.model.inputs import example_inputs, max_length, vocabulary_size
 from hermes.model.lean import lean_imports
 from hermes.model.mapping import WeightMap, is_plain_linear, is_transformers_model, map_weights
-from hermes.model.product import can_stay_packed
+from hermes.model.orders import deals_out_rows
+from hermes.model.product import can_stay_packed, knows_rows, packed_step
 from hermes.model.rows import KEPT_BYTES, READ_BYTES
 from hermes.model.skeleton import build_skeleton, finish_skeleton
 from hermes.model.trace import Trace, trace_apart
@@ -32,6 +34,7 @@ from hermes.model.units import (
     Unit,
     group_units,
     partition,
+    row_step,
 )
 from hermes.plan import Bandwidth, Problem, UnitCost
 from hermes.profile import BlockSample, Profile, latest_profile
@@ -95,7 +98,27 @@ class Prepared:
             row_bytes=self._row_bytes,
         )
         nbytes += PACKED_HEAP_BYTES if self.checkpoint.packed else 0
+        prompt_tokens = self.workload.batch_size * self.workload.sequence_length
+        nbytes += max(self.gathered_bytes(tokens) for tokens in (prompt_tokens, self.workload.batch_size))
         return nbytes + (QUANTIZED_HEAP_BYTES if self.checkpoint.quantized else 0)
+
+    @cached_property
+    def gathered_bytes(self) -> Callable[[int], int]:
+        """By the number of tokens of a pass: bytes of the largest matrix that they need whole, but comes otherwise."""
+        return functools.cache(self._gathered_bytes)
+
+    def _gathered_bytes(self, tokens: int) -> int:
+        return max((self._unit_gathered_bytes(unit, tokens) for unit in self.partition.units if tokens), default=0)
+
+    def _unit_gathered_bytes(self, unit: Unit, tokens: int) -> int:
+        layer = cast(nn.Linear, self.module.get_submodule(unit.module))
+        if unit.parameters[0] in self._stay_packed:
+            begin, end = unit.rows or (0, layer.out_features)
+            step = packed_step((end - begin, layer.in_features), tokens, layer.bias is not None)
+            return step * layer.in_features * layer.weight.element_size()
+        if unit.module in self.partition.matrices and unit.rows is not None and unit.rows[0] == 0:
+            return 0 if _knows_ranges(layer, tokens, unit.rows[1]) else _nbytes(layer)
+        return 0
 
     @property
     def _row_bytes(self) -> int:
@@ -320,14 +343,38 @@ def prepare_model(
             beside.tracing()
             trace, tracing_bytes = _trace(skeleton, workload)
         all_fits = _weight_bytes(skeleton, weights) + PROCESS_BYTES <= max(room_bytes, limit_bytes)
-        if matrix_bytes is None and _dtype_name(skeleton) == "bfloat16" and not all_fits:
-            head_rows, matrix_bytes = MATRIX_ROWS, RANGE_BYTES
+        if matrix_bytes is None and not all_fits and trace is not None and _can_cut(skeleton, trace, workload):
+            matrix_bytes = RANGE_BYTES
+            head_rows = MATRIX_ROWS if _dtype_name(skeleton) == "bfloat16" else head_rows
         prepared = _prepared(skeleton, checkpoint, weights, trace, workload, directory, head_rows, matrix_bytes)
         if known is not None and not _covers(known, prepared, must=profile is not None):
             known = None
         warmed = beside.stop() if limit_bytes else None
     preparing_bytes = _preparing_bytes(tracing_bytes, held_bytes=0 if warmed is None else warmed.nbytes)
     return replace(prepared, known=known, preparing_bytes=preparing_bytes, warmed=warmed)
+
+
+def _can_cut(skeleton: nn.Module, trace: Trace, workload: Workload) -> bool:
+    """Whether all large matrices may stream in ranges: the passes of the workload round as with the whole ones."""
+    head = cast(Any, skeleton).get_output_embeddings()
+    layers = [(name, layer) for name, layer in skeleton.named_modules() if is_plain_linear(layer) and layer is not head]
+    large = [(trace.flops.get(name, 0), layer) for name, layer in layers if _nbytes(layer) > RANGE_BYTES]
+    next_tokens = [workload.batch_size] if workload.max_new_tokens else []
+    return bool(large) and all(
+        _knows_ranges(layer, tokens, row_step(layer.weight.shape, _nbytes(layer), RANGE_BYTES, MATRIX_ROWS))
+        for flops, layer in large
+        for tokens in (flops // (2 * layer.weight.numel()), *next_tokens)
+        if tokens
+    )
+
+
+def _knows_ranges(layer: nn.Linear, tokens: int, step: int) -> bool:
+    shape = (layer.out_features, layer.in_features)
+    return knows_rows(layer.weight.dtype, tokens, shape, step, layer.bias is not None)
+
+
+def _nbytes(layer: nn.Linear) -> int:
+    return layer.weight.numel() * layer.weight.element_size()
 
 
 def _trace(skeleton: nn.Module, workload: Workload) -> tuple[Trace | None, int]:
@@ -380,6 +427,12 @@ def prepare_module(
     return replace(prepared, preparing_bytes=_preparing_bytes(tracing_bytes))
 
 
+def _shares(module: nn.Module) -> int:
+    """Of a vocabulary's rows, one for each of torch's threads where what it leaves over is summed otherwise."""
+    threads = torch.get_num_threads()
+    return threads if _dtype_name(module) == "float32" and deals_out_rows(threads) else 1
+
+
 def _prepared(
     module: nn.Module,
     checkpoint: Checkpoint,
@@ -397,7 +450,9 @@ def _prepared(
         checkpoint=checkpoint,
         weights=weights,
         trace=found,
-        partition=partition(module, weights, found, head_rows=head_rows, matrix_bytes=matrix_bytes),
+        partition=partition(
+            module, weights, found, head_rows=head_rows, matrix_bytes=matrix_bytes, shares=_shares(module)
+        ),
         workload=workload,
         source=source,
     )

@@ -16,7 +16,6 @@ from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
 from hermes.memory.probe import find_cgroup
 from hermes.model.binding import Binding, BlockSource
-from hermes.model.inputs import vocabulary_size
 from hermes.model.mapping import is_plain_linear
 from hermes.model.product import try_order
 from hermes.model.units import Granularity
@@ -163,13 +162,12 @@ def start_session(
 
 def _get_ready(prepared: Prepared, plan: Plan) -> None:
     """What the first pass would have to do, done while the disk fills the window."""
-    if prepared.trace is not None:
-        grow_heap(min(prepared.trace.peak_bytes, plan.heap_bytes, GROWN_BYTES))
-    if vocabulary_size(prepared.module):  # a text, whose tokens are known
-        tokens = prepared.workload.batch_size * prepared.workload.sequence_length
-        for module in prepared.module.modules():
-            if is_plain_linear(module):
-                try_order(module, tokens)
+    if prepared.trace is None:
+        return
+    grow_heap(min(prepared.trace.peak_bytes, plan.heap_bytes, GROWN_BYTES))
+    for name, module in prepared.module.named_modules():
+        if is_plain_linear(module) and (flops := prepared.trace.flops.get(name)):
+            try_order(module, flops // (2 * module.weight.numel()))
 
 
 def attach(module: nn.Module, session: Session) -> nn.Module:
