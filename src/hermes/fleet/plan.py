@@ -1,6 +1,6 @@
 """Quotas, windows and policy of a fleet: few candidates, each predicted, the shortest makespan wins. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hermes.errors import BudgetError
@@ -29,7 +29,8 @@ TILTS = (0.0, 1.0, -0.5)
 """How far models that wait for the disk rather than compute are preferred when bytes are shared out."""
 PIECE_BYTES = 2**20
 """Reads are multiples of it; two for each agent should fit the window."""
-WORTH_SWITCHING = 0.98
+ALIKE = 0.98
+"""Predictions so near to each other tell nothing: what reads less then leaves more to what was not foreseen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,10 @@ class _Tried:
     members: Mapping[str, Member]
     seconds: float
 
+    @property
+    def pass_bytes(self) -> int:
+        return sum(member.pass_bytes for member in self.members.values())
+
 
 def plan_fleet(
     candidates: Mapping[str, Candidate],
@@ -129,29 +134,33 @@ def plan_fleet(
     rate = rates[len(rates) // 2]
     candidates = {name: _read_by(bandwidth, candidate) for name, candidate in candidates.items()}
     ways = _ways(candidates, free, policy, max_active)
-    best: _Tried | None = None
+    tried: list[_Tried] = []
 
     def take(way: _Way, shares: Mapping[str, tuple[int, Window]] | None) -> None:
-        nonlocal best
         if shares is not None:
-            tried = _try(candidates, way, shares, rate)
-            if best is None or tried.seconds < WORTH_SWITCHING * best.seconds:
-                best = tried
+            tried.append(_try(candidates, way, shares, rate))
 
     for way in ways:
         take(way, _even(candidates, way, WINDOWS[0], TILTS[0], rate))
-    if best is None:
+    if not tried:
         raise _refusal(candidates, budget_bytes, limit_bytes, free)
-    best_way, quotas = best.way, best.quotas
-    if any(member.pass_bytes for member in best.members.values()):
-        for window in WINDOWS:
-            take(best_way, _even(candidates, best_way, window, TILTS[0], rate))
-        for tilt in TILTS:
-            take(best_way, _even(candidates, best_way, WINDOWS[0], tilt, rate))
-        curves = worth(candidates, quotas, rate)
+    first = _best(tried)
+    if first.pass_bytes:
+        for window in WINDOWS[1:]:
+            take(first.way, _even(candidates, first.way, window, TILTS[0], rate))
+        for tilt in TILTS[1:]:
+            take(first.way, _even(candidates, first.way, WINDOWS[0], tilt, rate))
+        curves = worth(candidates, first.quotas, rate)
         for way in ways:
             take(way, cheapest(candidates, curves, way.weight_bytes))
+    best = _best(tried)
     return _finish(candidates, best, budget_bytes, limit_bytes, floor_bytes, slack_bytes, rate, bandwidth, policy)
+
+
+def _best(tried: Sequence[_Tried]) -> _Tried:
+    """Of those predicted alike with the shortest, the one that reads least; of such, the first."""
+    shortest = min(one.seconds for one in tried)
+    return min((one for one in tried if ALIKE * one.seconds <= shortest), key=lambda one: one.pass_bytes)
 
 
 def _read_by(bandwidth: Bandwidth, candidate: Candidate) -> Candidate:
