@@ -80,33 +80,29 @@ void encode_rows(const u8* rows, size_t count, size_t columns, u8 base, u32 numb
   store(at, header);
 }
 
-// Tokens from `token` on with the 16 rows that come next.
-template <int Tokens>
-bool dot(const Product& p, Interleaved& rows, Ahead& ahead, size_t token, size_t row) {
-  const u8* x[Tokens];
-  for (int t = 0; t < Tokens; ++t) x[t] = p.x + (token + t) * p.columns * 2;
-  __m512 sum[Tokens], total[Tokens];
+// The 16 rows that come next with some tokens, from `token` on.
+template <class Sums>
+bool dot(const Product& p, Interleaved& rows, Ahead& ahead, Sums& sums, size_t token, size_t row) {
   const __m512i base = _mm512_set1_epi8(char(rows.base));
   // Copies stay in registers; through the reference they would be stored and loaded again at every block.
   const u8 *codes = rows.codes, *rest = rows.rest, *escapes = rows.escapes;
   const bool has_room = rows.has_room;
   for (size_t from = 0; from < p.columns; from += p.block) {
     const size_t to = std::min(from + p.block, p.columns);
-    for (int t = 0; t < Tokens; ++t) sum[t] = _mm512_setzero_ps();
     for (size_t c = from; c < to; c += 16) {
       ahead.fetch<6>(FOUR_BLOCKS_BYTES);
       if (size_t(rows.end - escapes) < 4 * BLOCK && count_escapes(codes, 4) > size_t(rows.end - escapes)) return false;
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i, codes += CODE_BYTES, rest += BLOCK) {
         const Halves pairs = join(exponents(base, codes, escapes, has_room), load64(rest));
-        add_products<Tokens>(pairs.first, x, (c + 4 * i) * 2, sum);
-        add_products<Tokens>(pairs.second, x, (c + 4 * i + 2) * 2, sum);
+        sums.add(pairs.first, (c + 4 * i) * 2);
+        sums.add(pairs.second, (c + 4 * i + 2) * 2);
       }
     }
-    for (int t = 0; t < Tokens; ++t) total[t] = from ? _mm512_add_ps(total[t], sum[t]) : sum[t];
+    sums.add_up(from == 0);
   }
   rows.codes = codes, rows.rest = rest, rows.escapes = escapes;
-  for (int t = 0; t < Tokens; ++t) write_sums(p, total[t], token + t, row, GROUP_ROWS);
+  for (size_t t = 0; t < sums.tokens(); ++t) write_sums(p, sums.total(t), token + t, row, GROUP_ROWS);
   return true;
 }
 
@@ -147,9 +143,9 @@ bool find_interleaved(const Matrix& m, size_t from, size_t to, Interleaved& rows
 bool multiply_group(const Product& p, Interleaved& rows, Ahead& ahead, size_t row) {
   Interleaved after = rows;
   bool is_whole = true;
-  by_tokens(p.tokens, [&](auto tokens, size_t first) {
+  by_tokens(p, [&](auto& sums, size_t first) {
     after = rows;
-    is_whole = is_whole && dot<tokens>(p, after, ahead, first, row);
+    is_whole = is_whole && dot(p, after, ahead, sums, first, row);
   });
   rows = after;
   return is_whole;

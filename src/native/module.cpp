@@ -89,17 +89,19 @@ nb::tuple with_matrix(Address chunks, size_t nbytes, nb::handle places, u32 numb
   return nb::make_tuple(int(result.fault), result.chunk);
 }
 
-Product product(Address x, size_t tokens, size_t columns, Address bias, size_t block, Address y, size_t y_stride,
-                size_t step) {
+Product product(Address x, size_t tokens, size_t columns, Address bias, size_t block, bool by_tiles, Address y,
+                size_t y_stride, size_t step) {
   if (!can_multiply()) throw nb::value_error("no bf16 products on this processor");
   if (columns == 0 || columns % step || block == 0 || block % step)
     throw nb::value_error("columns or block are no multiple of what is multiplied at once");
-  return {at(x), tokens, columns, at(bias), block, at(y), y_stride};
+  if (by_tiles && (!can_multiply_tiles() || tokens > GROUP_ROWS || block % 32))
+    throw nb::value_error("no matrix unit, or too many tokens for it");
+  return {at(x), tokens, columns, at(bias), block, at(y), y_stride, 0, by_tiles};
 }
 
 void multiply_rows(Address weights, size_t rows, size_t columns, Address x, size_t tokens, Address bias, size_t block,
-                   Address y, size_t y_stride, unsigned threads) {
-  const Product what = product(x, tokens, columns, bias, block, y, y_stride, 32);
+                   bool by_tiles, Address y, size_t y_stride, unsigned threads) {
+  const Product what = product(x, tokens, columns, bias, block, by_tiles, y, y_stride, 32);
   if (rows == 0 || rows % GROUP_ROWS) throw nb::value_error("rows are no multiple of 16");
   nb::gil_scoped_release release;
   multiply(what, at(weights), rows, threads);
@@ -141,9 +143,9 @@ void multiply_turned(Address weights, size_t rows, size_t columns, Address x, Ad
 }
 
 nb::tuple multiply_packed(Address chunks, size_t nbytes, nb::handle places, u32 number, size_t skip, size_t rows,
-                          size_t columns, Address x, size_t tokens, Address bias, size_t block, Address y,
-                          size_t y_stride, unsigned threads) {
-  const Product what = product(x, tokens, columns, bias, block, y, y_stride, BLOCK);
+                          size_t columns, Address x, size_t tokens, Address bias, size_t block, bool by_tiles,
+                          Address y, size_t y_stride, unsigned threads) {
+  const Product what = product(x, tokens, columns, bias, block, by_tiles, y, y_stride, BLOCK);
   if (rows == 0 || skip % BLOCK) throw nb::value_error("no rows, or a row that begins within a block");
   return with_matrix(chunks, nbytes, places, number, skip, rows, columns, [&](const Matrix& matrix) {
     return multiply(what, matrix, threads);
@@ -179,8 +181,10 @@ NB_MODULE(_native, m) {
   m.def("encode_chunk", &encode_chunk, nb::arg("source"), nb::arg("target"), nb::arg("item_bytes"),
         nb::arg("encodings"), nb::arg("number"), "Encode one chunk into target; its size.");
   m.def("can_multiply", &can_multiply, "Whether this processor has what `multiply` needs.");
+  m.def("can_multiply_tiles", &can_multiply_tiles, "Whether it can do so by the matrix unit.");
   m.def("multiply", &multiply_rows, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"),
-        nb::arg("tokens"), nb::arg("bias"), nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("threads"),
+        nb::arg("tokens"), nb::arg("bias"), nb::arg("block"), nb::arg("by_tiles"), nb::arg("y"), nb::arg("y_stride"),
+        nb::arg("threads"),
         "Multiply bf16 tokens at x with rows of bf16 weights, into y.");
   m.def("can_multiply_floats", &can_multiply_floats, "Whether this processor has what products with float32 need.");
   m.def("float_scratch_bytes", &float_scratch_bytes, nb::arg("tokens"), nb::arg("columns"),
@@ -199,7 +203,7 @@ NB_MODULE(_native, m) {
         "Multiply one float32 token at x, as many numbers as there are rows, with columns of float32 weights, into y.");
   m.def("multiply_packed", &multiply_packed, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),
         nb::arg("skip"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"), nb::arg("tokens"), nb::arg("bias"),
-        nb::arg("block"), nb::arg("y"), nb::arg("y_stride"), nb::arg("threads"),
+        nb::arg("block"), nb::arg("by_tiles"), nb::arg("y"), nb::arg("y_stride"), nb::arg("threads"),
         "The same with packed rows; (fault, number of the chunk).");
   m.def("interleave_bytes", &interleave_bytes, nb::arg("columns"), "What `interleave` needs to work in.");
   m.def("interleave", &interleave_rows, nb::arg("chunks"), nb::arg("nbytes"), nb::arg("places"), nb::arg("number"),

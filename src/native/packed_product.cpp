@@ -141,33 +141,23 @@ inline void unpack_four(Row* rows, size_t block, bool has_room, u8 (*part)[4][64
   }
 }
 
-// Eight columns of 16 rows with those of each token.
-template <int Tokens>
-inline void add_part(const u8 (&part)[4][64], const u8* const* x, size_t offset, __m512* sum) {
+// Eight columns of 16 rows.
+template <class Sums>
+inline void add_part(const u8 (&part)[4][64], size_t offset, Sums& sums) {
   const __m512i a = _mm512_unpacklo_epi32(load64(part[0]), load64(part[1]));
   const __m512i b = _mm512_unpackhi_epi32(load64(part[0]), load64(part[1]));
   const __m512i c = _mm512_unpacklo_epi32(load64(part[2]), load64(part[3]));
   const __m512i d = _mm512_unpackhi_epi32(load64(part[2]), load64(part[3]));
-  add_products<Tokens>(_mm512_unpacklo_epi64(a, c), x, offset, sum);
-  add_products<Tokens>(_mm512_unpackhi_epi64(a, c), x, offset + 4, sum);
-  add_products<Tokens>(_mm512_unpacklo_epi64(b, d), x, offset + 8, sum);
-  add_products<Tokens>(_mm512_unpackhi_epi64(b, d), x, offset + 12, sum);
+  sums.add(_mm512_unpacklo_epi64(a, c), offset);
+  sums.add(_mm512_unpackhi_epi64(a, c), offset + 4);
+  sums.add(_mm512_unpacklo_epi64(b, d), offset + 8);
+  sums.add(_mm512_unpackhi_epi64(b, d), offset + 12);
 }
 
-// Tokens from `token` on with the 16 rows from `row` on, of which there are `count`.
-template <int Tokens>
-void dot(const Product& p, const Matrix& m, Row (&rows)[GROUP_ROWS], bool has_room, Ahead& ahead, size_t token,
-         size_t row, size_t count) {
-  const u8* x[Tokens];
-  for (int t = 0; t < Tokens; ++t) x[t] = p.x + (token + t) * p.columns * 2;
-  __m512 sum[Tokens], total[Tokens];
-  const auto add_up = [&](bool is_first) {
-    for (int t = 0; t < Tokens; ++t) {
-      total[t] = is_first ? sum[t] : _mm512_add_ps(total[t], sum[t]);
-      sum[t] = _mm512_setzero_ps();
-    }
-  };
-  for (int t = 0; t < Tokens; ++t) sum[t] = _mm512_setzero_ps();
+// The 16 rows from `row` on, of which there are `count`, with some tokens, from `token` on.
+template <class Sums>
+void dot(const Product& p, const Matrix& m, Row (&rows)[GROUP_ROWS], bool has_room, Ahead& ahead, Sums& sums,
+         size_t token, size_t row, size_t count) {
   Tile tiles[2];
   size_t block = 0, same = 0;  // blocks behind where `rows` point, and how many of them there are in every row's chunk
   for (size_t column = 0; column < p.columns; column += BLOCK, ++block) {
@@ -189,15 +179,15 @@ void dot(const Product& p, const Matrix& m, Row (&rows)[GROUP_ROWS], bool has_ro
       unpack_four(rows + r, block, has_room, tile.part, r);
       ahead.fetch<6>(FOUR_BLOCKS_BYTES);
       if (!column) continue;
-      add_part<Tokens>(before.part[2 * r], x, (column - BLOCK + 16 * r) * 2, sum);
-      add_part<Tokens>(before.part[2 * r + 1], x, (column - BLOCK + 16 * r + 8) * 2, sum);
+      add_part(before.part[2 * r], (column - BLOCK + 16 * r) * 2, sums);
+      add_part(before.part[2 * r + 1], (column - BLOCK + 16 * r + 8) * 2, sums);
     }
-    if (column && column % p.block == 0) add_up(column == p.block);
+    if (column && column % p.block == 0) sums.add_up(column == p.block);
   }
   const Tile& last = tiles[(p.columns / BLOCK - 1) % 2];
-  for (size_t i = 0; i < 8; ++i) add_part<Tokens>(last.part[i], x, (p.columns - BLOCK + 8 * i) * 2, sum);
-  add_up(p.columns <= p.block);
-  for (int t = 0; t < Tokens; ++t) write_sums(p, total[t], token + t, row, count);
+  for (size_t i = 0; i < 8; ++i) add_part(last.part[i], (p.columns - BLOCK + 8 * i) * 2, sums);
+  sums.add_up(p.columns <= p.block);
+  for (size_t t = 0; t < sums.tokens(); ++t) write_sums(p, sums.total(t), token + t, row, count);
 }
 
 }  // namespace
@@ -218,10 +208,10 @@ Result multiply(const Product& p, const Matrix& m, unsigned threads) {
       Row begin[GROUP_ROWS];
       for (size_t i = 0; i < GROUP_ROWS; ++i) begin[i] = i < count ? walk.next() : begin[i - 1];
       if (const Result result = walk.result(); result.fault != Fault::NONE) return result;
-      by_tokens(p.tokens, [&](auto tokens, size_t first) {
+      by_tokens(p, [&](auto& sums, size_t first) {
         Row rows[GROUP_ROWS];
         std::copy(begin, begin + GROUP_ROWS, rows);
-        dot<tokens>(p, m, rows, walk.has_room(), ahead, first, row, count);
+        dot(p, m, rows, walk.has_room(), ahead, sums, first, row, count);
       });
     }
     return {Fault::NONE, 0};

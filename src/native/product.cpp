@@ -9,6 +9,10 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace hermes {
 
@@ -69,26 +73,22 @@ HERMES_TARGET_BEGIN(HERMES_BF16_PRODUCTS)
 
 namespace {
 
-// Tokens from `token` on with the 16 rows from `row` on.
-template <int Tokens>
-void dot(const Product& p, const u8* rows, Ahead& ahead, size_t token, size_t row) {
-  const u8* x[Tokens];
-  for (int t = 0; t < Tokens; ++t) x[t] = p.x + (token + t) * p.columns * 2;
-  __m512 sum[Tokens], total[Tokens];
+// The 16 rows from `row` on with some tokens, from `token` on.
+template <class Sums>
+void dot(const Product& p, const u8* rows, Ahead& ahead, Sums& sums, size_t token, size_t row) {
   for (size_t from = 0; from < p.columns; from += p.block) {
     const size_t to = std::min(from + p.block, p.columns);
-    for (int t = 0; t < Tokens; ++t) sum[t] = _mm512_setzero_ps();
     for (size_t c = from; c < to; c += 32) {
       ahead.fetch<16>();
       __m512i pairs[16];
       for (int r = 0; r < 16; ++r) pairs[r] = load64(rows + (r * p.columns + c) * 2);
       turn(pairs);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) add_products<Tokens>(pairs[i], x, (c + 2 * i) * 2, sum);
+      for (int i = 0; i < 16; ++i) sums.add(pairs[i], (c + 2 * i) * 2);
     }
-    for (int t = 0; t < Tokens; ++t) total[t] = from ? _mm512_add_ps(total[t], sum[t]) : sum[t];
+    sums.add_up(from == 0);
   }
-  for (int t = 0; t < Tokens; ++t) write_sums(p, total[t], token + t, row, GROUP_ROWS);
+  for (size_t t = 0; t < sums.tokens(); ++t) write_sums(p, sums.total(t), token + t, row, GROUP_ROWS);
 }
 
 }  // namespace
@@ -98,12 +98,21 @@ bool can_multiply() {
   return __builtin_cpu_supports("avx512bf16") && best_path().name == std::string_view("avx512");
 }
 
+bool can_multiply_tiles() {
+#if defined(__linux__)
+  constexpr long ASK = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM for XTILEDATA: the kernel saves tiles from then on
+  static const bool may = can_multiply() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                          syscall(SYS_arch_prctl, ASK, TILES) == 0;
+  return may;
+#else
+  return false;
+#endif
+}
+
 void multiply(const Product& p, const u8* weights, size_t rows, unsigned threads) {
   over_tiles(0, rows, GROUP_ROWS, threads, [&](size_t row, size_t, size_t next) -> Result {
     Ahead ahead{weights + std::min(next, rows - GROUP_ROWS) * p.columns * 2};
-    by_tokens(p.tokens, [&](auto tokens, size_t first) {
-      dot<tokens>(p, weights + row * p.columns * 2, ahead, first, row);
-    });
+    by_tokens(p, [&](auto& sums, size_t first) { dot(p, weights + row * p.columns * 2, ahead, sums, first, row); });
     return {Fault::NONE, 0};
   });
 }
@@ -112,6 +121,7 @@ HERMES_TARGET_END
 #else
 
 bool can_multiply() { return false; }
+bool can_multiply_tiles() { return false; }
 void multiply(const Product&, const u8*, size_t, unsigned) {}
 
 #endif

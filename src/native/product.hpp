@@ -41,6 +41,8 @@ size_t tile_rows(size_t columns);
 
 // True where `multiply` can be used at all: bf16 dot products and all that unpacking uses, in 512 bits.
 bool can_multiply();
+// True where it can use the matrix unit; asks the system for it once.
+bool can_multiply_tiles();
 
 // Rows [begin, end) as they are unpacked, to `target`, on several threads; a fault of one of them, or none.
 Result unpack_rows(const Matrix& m, size_t begin, size_t end, u8* target, unsigned threads);
@@ -56,6 +58,7 @@ struct Product {
   u8* y;
   size_t y_stride;
   size_t part = 0;  // of float32 alone: columns that are summed by themselves, before they are added to those before
+  bool by_tiles = false;  // of bf16 alone: 32 columns at a time, by the matrix unit; 16 tokens at most
 };
 
 inline constexpr size_t MOST_TOKENS = 8;  // with the same rows at once; more of them take turns

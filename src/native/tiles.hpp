@@ -43,7 +43,7 @@ Result over_tiles(size_t begin, size_t end, size_t rows, unsigned threads, Work 
 inline const float* floats(const u8* at) { return reinterpret_cast<const float*>(at); }
 
 #if defined(__x86_64__)
-#define HERMES_BF16_PRODUCTS HERMES_AVX512 ",avx512bf16"
+#define HERMES_BF16_PRODUCTS HERMES_AVX512 ",avx512bf16,amx-tile,amx-bf16"
 
 HERMES_TARGET_BEGIN(HERMES_BF16_PRODUCTS)
 
@@ -54,29 +54,131 @@ inline size_t count_escapes(const u8* codes, size_t blocks) {
   return even + odd + (blocks ? of(codes) : 0);
 }
 
-// `work(n, first)` for so many tokens at a time, `n` a constant.
+// Sums of 16 rows with some tokens, in float32. Two columns of all rows come at a time, as 16 pairs, in order. A pair's two
+// products are added to a lane for each row.
+template <int Tokens>
+class PairSums {
+ public:
+  PairSums(const Product& p, size_t token) {
+    for (int t = 0; t < Tokens; ++t) x_[t] = p.x + (token + t) * p.columns * 2;
+    clear();
+  }
+  size_t tokens() const { return Tokens; }
+  void clear() {
+    for (int t = 0; t < Tokens; ++t) sums_[t] = _mm512_setzero_ps();
+  }
+  // The columns at byte `offset` of the tokens.
+  void add(__m512i pair, size_t offset) {
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t)
+      sums_[t] = _mm512_dpbf16_ps(sums_[t], __m512bh(pair), __m512bh(_mm512_set1_epi32(load<int>(x_[t] + offset))));
+  }
+  // Begins from nothing again, having added what was summed to the totals, or made it the totals.
+  void add_up(bool is_first) {
+    for (int t = 0; t < Tokens; ++t) totals_[t] = is_first ? sums_[t] : _mm512_add_ps(totals_[t], sums_[t]);
+    clear();
+  }
+  __m512 total(size_t t) const { return totals_[t]; }
+
+ private:
+  const u8* x_[Tokens];
+  __m512 sums_[Tokens], totals_[Tokens];
+};
+
+// The compiler does not know that tiles are loaded from memory, or of all that is read and written to set them up: what lies
+// at `at` is written before, and read after.
+inline void settle(const void* at) { asm volatile("" : : "r"(at) : "memory"); }
+
+// The processor's matrix unit, set up for so many tokens; whatever it was set up for is put back. Few of its instructions
+// are other threads' or functions' business: what oneDNN had in the tiles was used before it returned.
+class MatrixUnit {
+ public:
+  explicit MatrixUnit(size_t tokens) {
+    _tile_storeconfig(before_);
+    settle(before_);
+    Config config{};
+    config.palette = 1;
+    config.rows[SUMS] = config.rows[X] = u8(tokens), config.rows[WEIGHTS] = GROUP_ROWS;
+    for (const int tile : {SUMS, X, WEIGHTS}) config.row_bytes[tile] = 64;
+    settle(&config);
+    _tile_loadconfig(&config);
+  }
+  ~MatrixUnit() {
+    settle(before_);
+    _tile_loadconfig(before_);
+  }
+  MatrixUnit(const MatrixUnit&) = delete;
+
+  static constexpr int SUMS = 0, X = 1, WEIGHTS = 2;
+
+ private:
+  struct alignas(64) Config {
+    u8 palette, start_row, reserved[14];
+    u16 row_bytes[16];
+    u8 rows[16];
+  };
+  static_assert(sizeof(Config) == 64);
+  alignas(64) u8 before_[64];
+};
+
+// The same by the matrix unit, which takes 32 columns at once and has an order of its own for them.
+class TileSums {
+ public:
+  TileSums(const Product& p, size_t token) : x_(p.x + token * p.columns * 2), stride_(p.columns * 2), tokens_(p.tokens - token) {
+    clear();
+  }
+  size_t tokens() const { return tokens_; }
+  void clear() { _tile_zero(0); }
+  void add(__m512i pair, size_t offset) {
+    _mm512_store_si512(weights_[offset / 4 % GROUP_ROWS], pair);
+    if (offset / 4 % GROUP_ROWS != GROUP_ROWS - 1) return;
+    settle(weights_);
+    _tile_loadd(1, x_ + offset - 60, stride_);
+    _tile_loadd(2, weights_, 64);
+    _tile_dpbf16ps(0, 1, 2);
+  }
+  void add_up(bool is_first) {
+    alignas(64) float sums[16][16];
+    _tile_stored(0, sums, 64);
+    for (size_t t = 0; t < tokens_; ++t) {
+      const __m512 sum = _mm512_load_ps(sums[t]);
+      _mm512_store_ps(totals_[t], is_first ? sum : _mm512_add_ps(_mm512_load_ps(totals_[t]), sum));
+    }
+    clear();
+  }
+  __m512 total(size_t t) const { return _mm512_load_ps(totals_[t]); }
+
+ private:
+  const u8* x_;
+  size_t stride_, tokens_;
+  alignas(64) u8 weights_[GROUP_ROWS][64];
+  alignas(64) float totals_[16][16];
+};
+
+// `work(sums, first)` for some tokens at a time, with sums of them; in the tiles' order all at once.
 template <class Work>
-void by_tokens(size_t tokens, Work work) {
-  for (size_t first = 0; first < tokens; first += MOST_TOKENS) {
-    switch (std::min(tokens - first, MOST_TOKENS)) {
-      case 1: work(std::integral_constant<int, 1>{}, first); break;
-      case 2: work(std::integral_constant<int, 2>{}, first); break;
-      case 3: work(std::integral_constant<int, 3>{}, first); break;
-      case 4: work(std::integral_constant<int, 4>{}, first); break;
-      case 5: work(std::integral_constant<int, 5>{}, first); break;
-      case 6: work(std::integral_constant<int, 6>{}, first); break;
-      case 7: work(std::integral_constant<int, 7>{}, first); break;
-      default: work(std::integral_constant<int, 8>{}, first);
+void by_tokens(const Product& p, Work work) {
+  if (p.by_tiles) {
+    MatrixUnit unit(p.tokens);
+    TileSums sums(p, 0);
+    return work(sums, 0);
+  }
+  const auto with = [&](auto tokens, size_t first) {
+    PairSums<tokens> sums(p, first);
+    work(sums, first);
+  };
+  for (size_t first = 0; first < p.tokens; first += MOST_TOKENS) {
+    switch (std::min(p.tokens - first, MOST_TOKENS)) {
+      case 1: with(std::integral_constant<int, 1>{}, first); break;
+      case 2: with(std::integral_constant<int, 2>{}, first); break;
+      case 3: with(std::integral_constant<int, 3>{}, first); break;
+      case 4: with(std::integral_constant<int, 4>{}, first); break;
+      case 5: with(std::integral_constant<int, 5>{}, first); break;
+      case 6: with(std::integral_constant<int, 6>{}, first); break;
+      case 7: with(std::integral_constant<int, 7>{}, first); break;
+      default: with(std::integral_constant<int, 8>{}, first);
     }
   }
-}
-
-// Two columns of 16 rows with those of each token, which begin at x[t] + `offset`.
-template <int Tokens>
-inline void add_products(__m512i pair, const u8* const* x, size_t offset, __m512* sum) {
-#pragma GCC unroll 8
-  for (int t = 0; t < Tokens; ++t)
-    sum[t] = _mm512_dpbf16_ps(sum[t], __m512bh(pair), __m512bh(_mm512_set1_epi32(load<int>(x[t] + offset))));
 }
 
 // Memory that a thread uses next, fetched while it computes: it then comes as fast as from the second-level cache.

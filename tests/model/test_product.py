@@ -16,10 +16,10 @@ from hermes.checkpoint.pack import pack
 from hermes.errors import ReadError
 from hermes.memory.probe import resident_bytes
 from hermes.model import kernels, orders, product
+from hermes.model.kernels import Sums
 from hermes.model.orders import (
     FLOAT_TOKENS,
     MOST_TOKENS,
-    Sums,
     order_of_columns,
     order_of_sums,
     order_of_token,
@@ -202,12 +202,10 @@ def test_the_order_is_that_of_any_number_of_rows(shape: tuple[int, int], tokens:
 
 @multiplies
 def test_an_order_that_is_not_among_the_known_ones_is_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = order_of_sums(BF16, 1, 64, 4096, True, torch.get_num_threads())
-    monkeypatch.setattr(orders, "BLOCKS", (32, 128, 768))
-    orders._try_halves.cache_clear()
-    whole = Sums(4096, 4096)
-    assert order_of_sums(BF16, 1, 64, 4096, True, torch.get_num_threads()) == (whole if found == whole else None)
-    orders._try_halves.cache_clear()
+    monkeypatch.setattr(orders, "_half_sums", lambda *_: [Sums(block, 4096) for block in (32, 128, 768)])
+    orders._try_order.cache_clear()
+    assert order_of_sums(BF16, 1, 64, 4096, True, torch.get_num_threads()) is None
+    orders._try_order.cache_clear()
 
 
 FLOAT_SHAPES = [(1, 64), (24, 192), (25, 193), (100, 384), (256, 1024), (1030, 576), (7, 4100), (50, 13)]
@@ -221,7 +219,7 @@ def by_native(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def watch(name: str) -> None:
         inner = getattr(kernels, name)
         monkeypatch.setattr(
-            product, name, lambda *what: blocks.append(what[3] if name == "multiply" else 1) or inner(*what)
+            product, name, lambda *what: blocks.append(what[3].block if name == "multiply" else 1) or inner(*what)
         )
 
     for name in ("multiply", "multiply_token", "multiply_turned"):
@@ -254,7 +252,7 @@ def test_floats(shape: tuple[int, int], tokens: int, threads: int, by_native: li
             if sums is None or tokens <= product.FASTER_TOKENS_ELSE:
                 assert by_native == [sums.block for sums in [sums] if sums]
             if sums is not None:
-                assert same(kernels.multiply(x, weight, bias, *sums), functional.linear(x, weight, bias))
+                assert same(kernels.multiply(x, weight, bias, sums), functional.linear(x, weight, bias))
     finally:
         torch.set_num_threads(before)
 
@@ -283,7 +281,7 @@ def test_floats_in_any_order_that_is_asked_for() -> None:
                     total = (total.double() + exact).float()
                 sums = sums + total
             expected = expected + sums if first else sums
-        assert same(kernels.multiply(x, weight, bias, block, part), expected)
+        assert same(kernels.multiply(x, weight, bias, Sums(block, part)), expected)
 
 
 @multiplies_floats
@@ -360,9 +358,9 @@ def test_what_is_left_over_of_rows_is_torchs(by_native: list[int]) -> None:
 @multiplies_floats
 def test_an_order_of_floats_that_is_not_among_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orders, "FLOAT_BLOCKS", (1, 5))
-    orders._try_floats.cache_clear()
+    orders._try_order.cache_clear()
     assert order_of_sums(torch.float32, 16, 64, 384, True, torch.get_num_threads()) is None
-    orders._try_floats.cache_clear()
+    orders._try_order.cache_clear()
 
 
 def test_what_cannot_stay_packed() -> None:

@@ -306,7 +306,7 @@ class LoadFactory:
                 finish=functools.partial(finish, run, (shape[0], shape[1])),
             )
         )
-        return PackedRows(run, len(loads) - 1, (shape[0], shape[1]))
+        return PackedRows(run, len(loads) - 1, (shape[0], shape[1]), self._homes[name].tensor.shape[0])
 
     def _add_quantized(self, name: str, loads: list[Load]) -> QuantizedRows:
         entry = self._sources[name].quantized

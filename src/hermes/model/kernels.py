@@ -4,7 +4,7 @@ All of them run on torch's number of threads, without the interpreter lock, and 
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -12,14 +12,27 @@ from torch.nn import functional
 from hermes.checkpoint.decoder import native
 
 __all__ = [
-    "EIGHT", "QUAD_ROWS", "TokenOrder", "can_multiply", "first_in_quad", "multiply", "multiply_token",
-    "multiply_turned", "operands",
+    "EIGHT", "QUAD_ROWS", "Sums", "TokenOrder", "can_multiply", "can_multiply_tiles", "first_in_quad", "multiply",
+    "multiply_token", "multiply_turned", "operands",
 ]  # fmt: skip
 
 QUAD_ROWS = 4
 """One token of float32 goes through so many rows at a time, what is left over in another order."""
 EIGHT = 8
 """Rows of a turned matrix that are added together, in one of the orders."""
+
+
+class Sums(NamedTuple):
+    """Of several tokens: a sum begins from nothing after each `block` columns, of float32 after each `part`, too.
+
+    The sums of a part are added up before they are added to those of the parts before. Of bf16, two columns come at a
+    time, or with `by_tiles` 32, in the order of the processor's matrix unit.
+    """
+
+    block: int
+    part: int
+    by_tiles: bool = False
+
 
 TokenOrder = Literal["lanes", "quads"]
 """In 16 lanes, multiplied and added with one rounding, or in four, with two."""
@@ -34,26 +47,33 @@ def can_multiply(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(native().can_multiply())
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block: int, part: int) -> torch.Tensor:
-    """`x @ weight.T + bias`, summed from nothing again after each `block` columns, of float32 by parts (`Sums`)."""
+def can_multiply_tiles() -> bool:
+    """Whether those of bf16 can be in the order of a matrix unit."""
+    return can_multiply(torch.bfloat16) and bool(native().can_multiply_tiles())
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sums: Sums) -> torch.Tensor:
+    """`x @ weight.T + bias`, summed in this order."""
     x = x.contiguous()
-    what, output = operands(x, weight.shape[0], bias, block)
+    what, output = operands(x, weight.shape[0], bias, sums)
     if weight.dtype == torch.float32:
         scratch = torch.empty(native().float_scratch_bytes(what["tokens"], x.shape[-1]), dtype=torch.uint8)
-        native().multiply_floats(weight.data_ptr(), *weight.shape, part=part, scratch=scratch.data_ptr(), **what)
+        native().multiply_floats(weight.data_ptr(), *weight.shape, scratch=scratch.data_ptr(), **what)
     else:
         native().multiply(weight.data_ptr(), *weight.shape, **what)
     return output
 
 
-def operands(x: torch.Tensor, rows: int, bias: torch.Tensor | None, block: int) -> tuple[dict[str, int], torch.Tensor]:
+def operands(x: torch.Tensor, rows: int, bias: torch.Tensor | None, sums: Sums) -> tuple[dict[str, int], torch.Tensor]:
     """What the native module is told of the tokens, which the caller keeps, and where their products will be."""
     output = x.new_empty(*x.shape[:-1], rows)
+    order = {"part": sums.part} if x.dtype == torch.float32 else {"by_tiles": sums.by_tiles}
     return {
         "x": x.data_ptr(),
         "tokens": math.prod(x.shape[:-1]),
         "bias": 0 if bias is None else bias.data_ptr(),
-        "block": block,
+        "block": sums.block,
+        **order,
         "y": output.data_ptr(),
         "y_stride": rows,
         "threads": torch.get_num_threads(),

@@ -7,7 +7,6 @@ the matrix lies turned, in ways that differ with the width of its vectors.
 
 import functools
 import mmap
-from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -15,8 +14,10 @@ from torch.nn import functional
 from hermes.model.kernels import (
     EIGHT,
     QUAD_ROWS,
+    Sums,
     TokenOrder,
     can_multiply,
+    can_multiply_tiles,
     first_in_quad,
     multiply,
     multiply_token,
@@ -47,12 +48,8 @@ TRIED_ROWS = 8
 """At the beginning, at both sides of the middle and at the end, where threads may meet, of a matrix that is zero
 elsewhere: MKL decides by the number of rows whether threads share columns, so the matrix has all of them."""
 
-
-class Sums(NamedTuple):
-    """A sum begins from nothing after each `block` columns and each `part`; those of a part are added up first."""
-
-    block: int
-    part: int
+HUGE_BYTES = 2**26
+"""Of such a matrix, from which on its pages are huge."""
 
 
 def order_of_sums(
@@ -60,7 +57,7 @@ def order_of_sums(
 ) -> Sums | None:
     """How torch's product of this shape sums on this machine; None if in no known way, or there is no product for it.
 
-    By trying, of bf16 with at most `TRIED_BYTES` of rows: its kernels sum each row alike, however many there are.
+    By trying; of bf16 without a matrix unit with at most `TRIED_BYTES` of rows, which kernels there sum alike each.
     """
     if dtype == torch.float32:
         fits = tokens in FLOAT_TOKENS and columns > 0
@@ -68,42 +65,47 @@ def order_of_sums(
         fits = 0 < tokens <= MOST_TOKENS and not columns % COLUMNS
     if not fits or not can_multiply(dtype):
         return None
-    if dtype == torch.float32:
-        return _try_floats(tokens, rows, columns, has_bias, threads)
-    tried = max(GROUP_ROWS, TRIED_BYTES // (dtype.itemsize * columns))
-    return _try_halves(tokens, min(rows, tried), columns, has_bias, threads)
+    if dtype == torch.bfloat16 and not can_multiply_tiles():
+        rows = min(rows, max(GROUP_ROWS, TRIED_BYTES // (dtype.itemsize * columns)))
+    return _try_order(dtype, tokens, rows, columns, has_bias, threads)
 
 
 @functools.cache
-def _try_halves(tokens: int, rows: int, columns: int, has_bias: bool, threads: int) -> Sums | None:
-    """Some milliseconds, as `_try_floats` takes."""
-    generator = torch.Generator().manual_seed(columns)
-    padded = -(-rows // GROUP_ROWS) * GROUP_ROWS
-    x, weight = _cancelling(tokens, padded, columns, torch.bfloat16, generator)
-    # Their products are exact in float32, so that what is left of such sums is rounding alone, as large as this bias.
-    bias = (torch.randn(padded, generator=generator) / 2**18).bfloat16() if has_bias else None
-    expected = functional.linear(x, weight[:rows], None if bias is None else bias[:rows])
-    for block in (*BLOCKS, columns):
-        if _have_same_bits(multiply(x, weight, bias, block, columns)[:, :rows], expected):
-            return Sums(block, columns)
-    return None
-
-
-@functools.cache
-def _try_floats(tokens: int, rows: int, columns: int, has_bias: bool, threads: int) -> Sums | None:
+def _try_order(dtype: torch.dtype, tokens: int, rows: int, columns: int, has_bias: bool, threads: int) -> Sums | None:
+    """Some milliseconds."""
     generator = torch.Generator().manual_seed(columns)
     index = _ends_and_middle(0, rows)
-    x, tried = _cancelling(tokens, len(index), columns, torch.float32, generator)
-    bias = torch.randn(rows, generator=generator) / 2**18 if has_bias else None
-    weight = _zeros(rows, columns, torch.float32)
+    index = torch.cat([index, index[:1].expand(-len(index) % GROUP_ROWS)])
+    x, tried = _cancelling(tokens, len(index), columns, dtype, generator)
+    weight = _zeros(rows, columns, dtype)
     weight[index] = tried
+    tried = weight[index]
+    # Products of bf16 are exact in float32, so that what is left of such sums is rounding alone, as large as this bias.
+    bias = (torch.randn(rows, generator=generator) / 2**18).to(dtype) if has_bias else None
     expected = functional.linear(x, weight, bias)[:, index]
     bias = None if bias is None else bias[index]
     few = slice(None, GROUP_ROWS)
-    for sums in _float_sums(columns, threads):
-        if all(_have_same_bits(multiply(x[some], tried, bias, *sums), expected[some]) for some in (few, slice(None))):
+    for sums in _float_sums(columns, threads) if dtype == torch.float32 else _half_sums(columns, threads):
+        if all(_have_same_bits(multiply(x[some], tried, bias, sums), expected[some]) for some in (few, slice(None))):
             return sums
     return None
+
+
+def _float_sums(columns: int, threads: int) -> list[Sums]:
+    return [Sums(block, part) for part in _shares(columns, threads, 1) for block in FLOAT_BLOCKS]
+
+
+def _half_sums(columns: int, threads: int) -> list[Sums]:
+    pairs = [Sums(block, columns) for block in (*BLOCKS, columns)]
+    if not can_multiply_tiles():
+        return pairs
+    blocks = dict.fromkeys((*_shares(columns, threads, COLUMNS), *BLOCKS))
+    return [*(Sums(block, columns, by_tiles=True) for block in blocks), *pairs]
+
+
+def _shares(columns: int, threads: int, step: int) -> list[int]:
+    """Of columns, one, two, four and so on of which threads may have each."""
+    return [columns // 2**n for n in range(threads.bit_length()) if not columns % (2**n * step)]
 
 
 @functools.cache
@@ -136,16 +138,15 @@ def _ends_and_middle(begin: int, end: int) -> torch.Tensor:
     return torch.tensor(sorted({row for part in parts for row in range(*part) if begin <= row < end}))
 
 
-def _float_sums(columns: int, threads: int) -> list[Sums]:
-    shares = [2**n for n in range(threads.bit_length()) if not columns % 2**n]
-    return [Sums(block, columns // share) for share in shares for block in FLOAT_BLOCKS]
-
-
 def _zeros(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory that takes none until it is written: what is only read is one page of the system's, again and again."""
-    memory = mmap.mmap(-1, dtype.itemsize * rows * columns, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Memory that takes none until it is written: what is only read is one page of the system's, again and again.
+
+    A huge page where that would be asked for very often; each place that is written takes 2 MiB then.
+    """
+    nbytes = dtype.itemsize * rows * columns
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        memory.madvise(mmap.MADV_NOHUGEPAGE if nbytes < HUGE_BYTES else mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
 
 

@@ -20,6 +20,7 @@ from hermes.checkpoint.chunks import ChunkRun
 from hermes.checkpoint.decoder import check, native
 from hermes.model.kernels import (
     QUAD_ROWS,
+    Sums,
     can_multiply,
     first_in_quad,
     multiply,
@@ -27,7 +28,7 @@ from hermes.model.kernels import (
     multiply_turned,
     operands,
 )
-from hermes.model.orders import GROUP_ROWS, Sums, order_of_columns, order_of_sums, order_of_token, rounds_in_ranges
+from hermes.model.orders import GROUP_ROWS, order_of_columns, order_of_sums, order_of_token, rounds_in_ranges
 from hermes.model.units import MATRIX_ROWS, row_step
 from hermes.pipeload import Place
 
@@ -80,15 +81,17 @@ class PackedRows:
         run: the chunks, which lie in memory from the place on that `bind` is given.
         load: its number in the block.
         shape: rows and columns.
+        whole_rows: of the matrix, where these are some of its rows: products have the bits of those with all of it.
     """
 
     is_view = True
 
-    def __init__(self, run: ChunkRun, load: int, shape: tuple[int, int]) -> None:
+    def __init__(self, run: ChunkRun, load: int, shape: tuple[int, int], whole_rows: int | None = None) -> None:
         self.loads = range(load, load + 1)
         self._run = run
         self._where = (run.nbytes, run.places, run.number, run.skip, *shape)
         self._shape = shape
+        self._whole_rows = shape[0] if whole_rows is None else whole_rows
         self._storage: torch.UntypedStorage | None = None
         self._matrix: tuple[object, ...] = ()  # as the native module is told of it
 
@@ -106,18 +109,20 @@ class PackedRows:
         """`functional.linear` with these rows, on torch's number of threads."""
         if not self._matrix:
             raise RuntimeError(f"{self._run.where} is not in memory")
-        sums = _sums_for(x, torch.bfloat16, self._shape, bias)
+        sums = _sums_for(x, torch.bfloat16, (self._whole_rows, self._shape[1]), bias)
         if sums is None:
             return self._unpack_and_multiply(x, bias)
         x = x.contiguous()
-        what, output = operands(x, self._shape[0], bias, sums.block)
+        what, output = operands(x, self._shape[0], bias, sums)
         check(native().multiply_packed(*self._matrix, **what), self._run.where)
         return output
 
     def _unpack_and_multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows, columns = self._shape
         tokens = x.numel() // columns
-        step = (is_exact(x, torch.bfloat16, bias) and packed_step(self._shape, tokens, bias is not None)) or rows
+        step = rows
+        if is_exact(x, torch.bfloat16, bias):
+            step = packed_step(self._shape, tokens, bias is not None, self._whole_rows) or rows
         tile = torch.empty(step, columns, dtype=torch.bfloat16)
         output = x.new_empty(*x.shape[:-1], rows)
         for begin in range(0, rows, step):
@@ -136,8 +141,8 @@ def linear(
 ) -> torch.Tensor:
     """`functional.linear`; by the native module where that is faster and has the same bits.
 
-    Of float32, `weight` may be some rows of a matrix of `whole_rows`: the bits are then those of the product with all
-    of it, where `knows_rows` says so.
+    `weight` may be some rows of a matrix of `whole_rows`: the bits are then those of the product with all of it, where
+    `knows_rows` says so.
     """
     rows, columns = weight.shape
     if not weight.is_contiguous():
@@ -151,7 +156,7 @@ def linear(
     if sums is not None:
         most = math.inf if whole_rows is not None else FASTER_TOKENS.get(sums.block, FASTER_TOKENS_ELSE)
         if not rows % GROUP_ROWS if weight.dtype == torch.bfloat16 else x.numel() <= most * columns:
-            return multiply(x, weight, bias, *sums)
+            return multiply(x, weight, bias, sums)
     return functional.linear(x, weight, bias)
 
 
@@ -161,12 +166,13 @@ def try_order(layer: nn.Linear, tokens: int) -> None:
     order_of_sums(layer.weight.dtype, tokens, *shape, layer.bias is not None, torch.get_num_threads())
 
 
-def packed_step(shape: tuple[int, int], tokens: int, has_bias: bool) -> int:
-    """Rows of a packed matrix that are unpacked at a time: all of them, if fewer round otherwise; 0 if none are."""
-    if order_of_sums(torch.bfloat16, tokens, *shape, has_bias, torch.get_num_threads()) is not None:
+def packed_step(shape: tuple[int, int], tokens: int, has_bias: bool, whole_rows: int) -> int:
+    """Rows of packed ones that are unpacked at a time: all of them, if fewer round otherwise; 0 if none are."""
+    rows, columns = shape
+    if order_of_sums(torch.bfloat16, tokens, whole_rows, columns, has_bias, torch.get_num_threads()) is not None:
         return 0
-    step = row_step(shape, 2 * shape[0] * shape[1], TILE_BYTES, MATRIX_ROWS)
-    return min(step, shape[0]) if knows_rows(torch.bfloat16, tokens, shape, step, has_bias) else shape[0]
+    step = row_step(shape, 2 * rows * columns, TILE_BYTES, MATRIX_ROWS)
+    return min(step, rows) if knows_rows(torch.bfloat16, tokens, (whole_rows, columns), step, has_bias) else rows
 
 
 def knows_rows(dtype: torch.dtype, tokens: int, shape: tuple[int, int], step: int, has_bias: bool) -> bool:
@@ -175,11 +181,13 @@ def knows_rows(dtype: torch.dtype, tokens: int, shape: tuple[int, int], step: in
     Found out by trying, once for each number of tokens. `step` is a multiple of `MATRIX_ROWS`.
     """
     threads = torch.get_num_threads()
-    if dtype == torch.bfloat16:
-        return rounds_in_ranges(tokens, *shape, step, has_bias, threads)
     if dtype == torch.float32 and tokens == 1:  # each row is summed alike, but for what threads leave over of four
         return not shape[0] % (QUAD_ROWS * threads)
-    return dtype == torch.float32 and order_of_sums(dtype, tokens, *shape, has_bias, threads) is not None
+    is_known = order_of_sums(dtype, tokens, *shape, has_bias, threads) is not None
+    if dtype == torch.bfloat16:
+        is_known = is_known and not shape[0] % GROUP_ROWS
+        return is_known or rounds_in_ranges(tokens, *shape, step, has_bias, threads)
+    return dtype == torch.float32 and is_known
 
 
 def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

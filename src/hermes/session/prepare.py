@@ -114,7 +114,8 @@ class Prepared:
         layer = cast(nn.Linear, self.module.get_submodule(unit.module))
         if unit.parameters[0] in self._stay_packed:
             begin, end = unit.rows or (0, layer.out_features)
-            step = packed_step((end - begin, layer.in_features), tokens, layer.bias is not None)
+            shape = (end - begin, layer.in_features)
+            step = packed_step(shape, tokens, layer.bias is not None, layer.out_features)
             return step * layer.in_features * layer.weight.element_size()
         if unit.module in self.partition.matrices and unit.rows is not None and unit.rows[0] == 0:
             return 0 if _knows_ranges(layer, tokens, unit.rows[1]) else _nbytes(layer)
