@@ -63,6 +63,8 @@ def test_only_where_not_all_fits_and_kernels_round_alike(tmp_path, monkeypatch):
     assert ranges_of(prepare_model(path, workload=WORKLOAD, room_bytes=prepare.PROCESS_BYTES))
     assert not ranges_of(prepare_model(path, workload=WORKLOAD, room_bytes=ROOM))
     monkeypatch.setattr(prepare, "knows_rows", lambda dtype, tokens, *_: tokens == 1)
+    assert ranges_of(prepare_model(path, workload=WORKLOAD))  # a prompt's matrices are put together
+    monkeypatch.setattr(prepare, "knows_rows", lambda dtype, tokens, *_: tokens == 40)
     assert not ranges_of(prepare_model(path, workload=WORKLOAD))
 
 

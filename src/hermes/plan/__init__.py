@@ -3,7 +3,7 @@
 from hermes.plan.cost import Prediction, part_computed, simulate
 from hermes.plan.problem import TOUCH_STEP_BYTES, Bandwidth, Plan, Problem, UnitCost
 from hermes.plan.residency import spread, spread_over
-from hermes.plan.search import make_plan, smallest_budget
+from hermes.plan.search import choose_bandwidth, make_plan, smallest_budget
 
 __all__ = [
     "TOUCH_STEP_BYTES",
@@ -12,6 +12,7 @@ __all__ = [
     "Prediction",
     "Problem",
     "UnitCost",
+    "choose_bandwidth",
     "make_plan",
     "part_computed",
     "simulate",

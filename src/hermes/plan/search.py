@@ -12,10 +12,12 @@ from hermes.plan.problem import Bandwidth, Plan, Problem
 from hermes.plan.residency import spread, spread_over
 from hermes.units import format_budget, format_bytes
 
-__all__ = ["make_plan", "smallest_budget"]
+__all__ = ["choose_bandwidth", "make_plan", "smallest_budget"]
 
 GOOD_ENOUGH = 0.7
 """Rates within this share of the best are one rate, measured several times on a disk that is never quite steady."""
+AS_GOOD = 0.9
+"""More agents must reach this share of the best: on some virtual disks each further read slows the others down."""
 SMALLEST_PIECE_BYTES = 2**20
 WORTH_CHANGING = 0.99
 """A larger window or block must be so much faster: small ones leave more in the processor's caches."""
@@ -254,15 +256,15 @@ def _total_bytes(slots: Sequence[Sequence[int]]) -> int:
 
 def _bandwidths(bandwidths: Sequence[Bandwidth], num_agents: int | None) -> list[Bandwidth]:
     """What is tried, in order: the best choice, then (where the number is free) ever fewer agents and buffers."""
-    chosen = _choose_bandwidth(bandwidths, num_agents)
+    chosen = choose_bandwidth(bandwidths, num_agents)
     if num_agents is not None:
         return [chosen]
     fewer = [b for b in bandwidths if b.num_agents < chosen.num_agents]
     return [chosen, *sorted(fewer, key=lambda b: (-b.num_agents, -b.bytes_per_second))]
 
 
-def _choose_bandwidth(bandwidths: Sequence[Bandwidth], num_agents: int | None) -> Bandwidth:
-    """Of the settings with a good rate the one with most agents, at the median of the good rates.
+def choose_bandwidth(bandwidths: Sequence[Bandwidth], num_agents: int | None = None) -> Bandwidth:
+    """Of the settings that are as good as the best the one with most agents, at the median of the good rates.
 
     The rate of one agent alone is the first to fall when others use the disk. For a number of agents that was never
     measured it is the nearest one's rate.
@@ -271,9 +273,12 @@ def _choose_bandwidth(bandwidths: Sequence[Bandwidth], num_agents: int | None) -
         nearest = min(bandwidths, key=lambda b: (abs(b.num_agents - num_agents), -b.bytes_per_second))
         return replace(nearest, num_agents=num_agents)
     best = max(b.bytes_per_second for b in bandwidths)
-    good = [b for b in bandwidths if b.bytes_per_second >= GOOD_ENOUGH * best]
-    chosen = max(good, key=lambda b: (b.num_agents, b.bytes_per_second))
-    return replace(chosen, bytes_per_second=statistics.median(b.bytes_per_second for b in good))
+    good = [b.bytes_per_second for b in bandwidths if b.bytes_per_second >= GOOD_ENOUGH * best]
+    chosen = max(
+        (b for b in bandwidths if b.bytes_per_second >= AS_GOOD * best),
+        key=lambda b: (b.num_agents, b.bytes_per_second),
+    )
+    return replace(chosen, bytes_per_second=statistics.median(good))
 
 
 def _piece_bytes(bandwidth: Bandwidth, ring_bytes: int) -> int:

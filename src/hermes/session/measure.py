@@ -16,7 +16,7 @@ from hermes.memory.pages import code_in_use
 from hermes.memory.probe import available_bytes, find_cgroup, resident_bytes
 from hermes.model.inputs import example_inputs
 from hermes.pipeload import smallest_ring
-from hermes.plan import TOUCH_STEP_BYTES, Plan
+from hermes.plan import TOUCH_STEP_BYTES, Bandwidth, Plan, choose_bandwidth
 from hermes.profile import (
     ComputeRecord,
     Profile,
@@ -71,6 +71,12 @@ def measure_profile(prepared: Prepared) -> Profile:
     touch = measure_touch(min(TOUCHED_BYTES, memory_limit(available_bytes()) // 4), step_bytes=TOUCH_STEP_BYTES)
     with prepared.reader() as reader:
         bandwidths = measure_bandwidth(prepared.checkpoint, reader, sample_bytes=SAMPLE_BYTES, piece_sizes=PIECE_SIZES)
+    chosen = choose_bandwidth(
+        [
+            Bandwidth(num_agents=b.num_agents, piece_bytes=b.piece_bytes, bytes_per_second=b.bytes_per_second)
+            for b in bandwidths
+        ]
+    )
     loads: dict[int, list[float]] = {}
     computes: dict[int, list[list[float]]] = {}
     computed_first: list[float] = []  # with each number of agents; the first of all is cold
@@ -80,7 +86,7 @@ def measure_profile(prepared: Prepared) -> Profile:
             computed_first.append(sum(seconds))
             if num_agents == MEASURED_AGENTS[-1]:
                 alone = {tokens: sum(seconds) for tokens, _, seconds in _measured_passes(prepared, session)}
-    with _start(prepared, MEASURED_AGENTS[-1], sequential=False) as session:
+    with _start(prepared, chosen.num_agents, chosen.piece_bytes, sequential=False) as session:
         for _ in range(ROUNDS):
             for tokens, _, seconds in _measured_passes(prepared, session):
                 computes.setdefault(tokens, []).append(seconds)
@@ -106,7 +112,13 @@ def measure_profile(prepared: Prepared) -> Profile:
     units = []
     with prepared.reader() as reader:
         most_bytes = memory_limit(available_bytes()) // 4
-        windows = measure_windows(prepared.checkpoint, reader, window_bytes=window_bytes, most_bytes=most_bytes)
+        windows = measure_windows(
+            prepared.checkpoint,
+            reader,
+            window_bytes=window_bytes,
+            most_bytes=most_bytes,
+            num_agents=chosen.num_agents,
+        )
         factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
         for number, unit in enumerate(prepared.partition.units):
             units.append(
@@ -236,14 +248,21 @@ def _by_unit(session: Session, num_units: int) -> tuple[list[float], list[float]
     return waits, seconds
 
 
-def _start(prepared: Prepared, num_agents: int, *, sequential: bool, limit_bytes: int = UNBOUNDED) -> Session:
+def _start(
+    prepared: Prepared,
+    num_agents: int,
+    piece_bytes: int = PIECE_SIZES[-1],
+    *,
+    sequential: bool,
+    limit_bytes: int = UNBOUNDED,
+) -> Session:
     """Unit by unit, nothing resident, in a window of four of the largest, or less where there is no room for them.
 
     Raises BudgetError where there is none for that: the system would evict this process's code, and read it back, for
     hours.
     """
     reader = prepared.reader()
-    factory = prepared.factory(reader.alignment, PIECE_SIZES[-1])
+    factory = prepared.factory(reader.alignment, piece_bytes)
     blocks, _ = prepared.blocks(factory, "leaf")
     slots = [[load.slot_bytes for load in block.loads] for block in blocks]
     smallest_bytes = smallest_ring(slots)
@@ -264,7 +283,7 @@ def _start(prepared: Prepared, num_agents: int, *, sequential: bool, limit_bytes
         limit_bytes=limit_bytes,
         granularity="leaf",
         num_agents=num_agents,
-        piece_bytes=PIECE_SIZES[-1],
+        piece_bytes=piece_bytes,
         ring_bytes=min(roomy_bytes, smallest_bytes + limit_bytes - least_bytes),
         resident=tuple(frozenset() for _ in blocks),
         resident_bytes=0,

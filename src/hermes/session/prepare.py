@@ -356,16 +356,14 @@ def prepare_model(
 
 
 def _can_cut(skeleton: nn.Module, trace: Trace, workload: Workload) -> bool:
-    """Whether all large matrices may stream in ranges: the passes of the workload round as with the whole ones."""
+    """Whether all large matrices may stream in ranges: all passes round as with the whole ones, but for a prompt's."""
     head = cast(Any, skeleton).get_output_embeddings()
     layers = [(name, layer) for name, layer in skeleton.named_modules() if is_plain_linear(layer) and layer is not head]
     large = [(trace.flops.get(name, 0), layer) for name, layer in layers if _nbytes(layer) > RANGE_BYTES]
-    next_tokens = [workload.batch_size] if workload.max_new_tokens else []
     return bool(large) and all(
         _knows_ranges(layer, tokens, row_step(layer.weight.shape, _nbytes(layer), RANGE_BYTES, MATRIX_ROWS))
         for flops, layer in large
-        for tokens in (flops // (2 * layer.weight.numel()), *next_tokens)
-        if tokens
+        if (tokens := workload.batch_size if workload.max_new_tokens else flops // (2 * layer.weight.numel()))
     )
 
 
