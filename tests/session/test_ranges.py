@@ -7,10 +7,11 @@ import torch
 import transformers as hf
 
 import hermes
+from hermes.checkpoint.pack import pack
 from hermes.memory.probe import resident_bytes
 from hermes.model import binding
 from hermes.model.orders import deals_out_rows
-from hermes.model.product import knows_rows
+from hermes.model.product import knows_rows, knows_turned
 from hermes.model.units import MATRIX_ROWS
 from hermes.profile import ComputeRecord
 from hermes.session import Workload, prepare, prepare_model
@@ -68,23 +69,44 @@ def test_only_where_not_all_fits_and_kernels_round_alike(tmp_path, monkeypatch):
     assert not ranges_of(prepare_model(path, workload=WORKLOAD))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_matrix_is_put_together_for_numbers_of_tokens_that_need_it_whole(tmp_path, monkeypatch, dtype):
-    path = make(tmp_path, dtype)
+@pytest.mark.parametrize("form", ["bf16", "packed", "float32"])
+def test_a_matrix_is_put_together_for_numbers_of_tokens_that_need_it_whole(tmp_path, monkeypatch, form):
+    dtype = torch.float32 if form == "float32" else torch.bfloat16
+    path = make(tmp_path / "plain", dtype)
     monkeypatch.setattr(prepare, "PROCESS_BYTES", 2**40)
     monkeypatch.setattr(prepare, "knows_rows", lambda dtype, tokens, *_: tokens in (1, 40))
     monkeypatch.setattr(binding, "knows_rows", lambda *what: what[1] != 7 and knows_rows(*what))
     resident = hf.LlamaForCausalLM.from_pretrained(path)
+    if form == "packed":
+        path = tmp_path / "packed"
+        pack(tmp_path / "plain", path)
     budget = resident_bytes() + 400 * 2**20
     with torch.no_grad(), hermes.load(path, budget=budget, resident_bytes=0, sequence_length=40) as model:
         assert ranges_of(model.hermes.prepared)
         largest = 3000 if dtype == torch.float32 else 896  # its vocabulary is cut like a matrix, not like a head
         assert model.hermes.prepared.gathered_bytes(7) == largest * 256 * dtype.itemsize
-        assert not model.hermes.prepared.gathered_bytes(40)
+        assert form == "packed" or not model.hermes.prepared.gathered_bytes(40)
         for length in (7, 40, 23):
             ids = IDS[:, :length]
             got, expected = (net(ids, output_hidden_states=True).hidden_states for net in (model, resident))
             assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+def test_turned_matrices_stream_in_ranges_of_what_is_summed(tmp_path, monkeypatch):
+    """One token's sums go on from range to range; for more of them a matrix is put together."""
+    torch.manual_seed(0)
+    config = hf.GPT2Config(n_embd=256, n_layer=2, n_head=4, n_positions=64, vocab_size=1000)
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(prepare, "PROCESS_BYTES", 2**40)
+    resident = hf.GPT2LMHeadModel.from_pretrained(tmp_path)
+    budget = resident_bytes() + 400 * 2**20
+    with torch.no_grad(), hermes.load(tmp_path, budget=budget, resident_bytes=0, sequence_length=40) as model:
+        found = {name for name in ranges_of(model.hermes.prepared) if "mlp.c_proj" in name}
+        assert len(found) == (8 if knows_turned(torch.float32, 1, (1024, 256), MATRIX_ROWS) else 0)
+        for length in (1, 7, 40):
+            assert torch.equal(model(IDS[:, :length]).logits, resident(IDS[:, :length]).logits)
+        got, expected = (net.generate(IDS[:, :5], max_new_tokens=6, do_sample=False) for net in (model, resident))
+        assert torch.equal(got, expected)
 
 
 def test_one_tokens_scores_are_those_of_the_whole_head(tmp_path):

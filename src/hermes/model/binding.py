@@ -17,13 +17,17 @@ from hermes.errors import EngineError
 from hermes.memory.arena import Arena
 from hermes.model.blocks import Block, Bound, LoadFactory
 from hermes.model.mapping import is_plain_linear, is_turned_linear
-from hermes.model.product import is_exact, knows_rows, turned
+from hermes.model.product import PackedRows, is_exact, knows_rows, knows_turned, turned, turned_rows
 from hermes.model.quantized import QuantizedRows
 from hermes.model.rows import RowTable
 from hermes.model.units import Partition, Unit
 from hermes.pipeload import Load, Place
 
 __all__ = ["Binding", "BlockSource"]
+
+_Ranges = Sequence[tuple[int, tuple[int, int]]]
+"""Blocks, and the rows of a matrix in each."""
+_Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 class BlockSource(Protocol):
@@ -115,11 +119,7 @@ class Binding:
             self._replace(embedding, self._rowwise_forward(embedding, f"{name}.weight" if name else "weight"))
         for name, units in partition.heads.items():
             ranges = [(block_of_unit[unit], partition.units[unit].rows or (0, 0)) for unit in units]
-            head = cast(nn.Linear, modules[name])
-            forward = self._linear_forward(head, name, ranges)
-            if name in partition.matrices:
-                forward = self._matrix_forward(head, name, ranges, forward)
-            self._replace(head, forward)
+            self._replace(modules[name], self._ranges_forward(modules[name], name, ranges, partition))
         for home in factory.homes:
             home.watch(self._adopt)
         self._replace(module, self._pass_forward(module))
@@ -240,9 +240,7 @@ class Binding:
 
         return forward
 
-    def _linear_forward(
-        self, linear: nn.Linear, name: str, ranges: Sequence[tuple[int, tuple[int, int]]]
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _linear_forward(self, linear: nn.Linear, name: str, ranges: _Ranges) -> _Forward:
         """Of ranges of rows, each in a block."""
 
         def forward(input: torch.Tensor) -> torch.Tensor:
@@ -259,14 +257,14 @@ class Binding:
 
         return forward
 
-    def _matrix_forward(
-        self,
-        linear: nn.Linear,
-        name: str,
-        ranges: Sequence[tuple[int, tuple[int, int]]],
-        by_ranges: Callable[[torch.Tensor], torch.Tensor],
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Of ranges of a matrix; put together again where they would not round like the whole one."""
+    def _ranges_forward(self, module: nn.Module, name: str, ranges: _Ranges, partition: Partition) -> _Forward:
+        """By ranges of rows; a matrix is put together where they would not round like the whole one."""
+        if is_turned_linear(module):
+            return self._turned_ranges_forward(module, name, ranges)
+        linear = cast(nn.Linear, module)
+        by_ranges = self._linear_forward(linear, name, ranges)
+        if name not in partition.gathered:
+            return by_ranges
         shape, step, bias = (linear.out_features, linear.in_features), ranges[0][1][1], linear.bias
         dtype = linear.weight.dtype
 
@@ -274,15 +272,32 @@ class Binding:
             tokens = input.numel() // shape[1]
             if is_exact(input, dtype, bias) and knows_rows(dtype, tokens, shape, step, bias is not None):
                 return by_ranges(input)
-            whole = torch.empty(shape, dtype=dtype)
-            for block, (begin, end) in ranges:
-                self.enter(block)
-                whole[begin:end] = cast(Bound, self._blocks[block].matrices[name]).live
-            return functional.linear(input, whole, bias)
+            return functional.linear(input, self._gather(name, ranges, torch.empty(shape, dtype=dtype)), bias)
 
         return forward
 
-    def _turned_forward(self, module: nn.Module, block: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _turned_ranges_forward(self, module: nn.Module, name: str, ranges: _Ranges) -> _Forward:
+        weight = cast(torch.Tensor, module.weight)
+        shape, dtype, step = (weight.shape[0], weight.shape[1]), weight.dtype, ranges[0][1][1]
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            total = cast(torch.Tensor, module.bias)
+            if not is_exact(x, dtype, total) or not knows_turned(dtype, x.numel() // shape[0], shape, step):
+                return turned(x, self._gather(name, ranges, torch.empty(shape, dtype=dtype)), total)
+            for block, (begin, end) in ranges:
+                self.enter(block)
+                total = turned_rows(x[..., begin:end], cast(Bound, self._blocks[block].matrices[name]).live, total)
+            return total
+
+        return forward
+
+    def _gather(self, name: str, ranges: _Ranges, whole: torch.Tensor) -> torch.Tensor:
+        for block, (begin, end) in ranges:
+            self.enter(block)
+            cast(Bound | PackedRows, self._blocks[block].matrices[name]).write_to(whole[begin:end])
+        return whole
+
+    def _turned_forward(self, module: nn.Module, block: int) -> _Forward:
         def forward(x: torch.Tensor) -> torch.Tensor:
             self.enter(block)
             return turned(x, cast(torch.Tensor, module.weight), cast(torch.Tensor, module.bias))

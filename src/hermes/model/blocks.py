@@ -102,6 +102,10 @@ class Bound:
         """`product.linear` with what is bound."""
         return linear(x, self.live, bias, self._whole_rows)
 
+    def write_to(self, target: torch.Tensor) -> None:
+        """Copy what is bound."""
+        target.copy_(self.live)
+
     def unbind(self) -> None:
         """Forget the bytes; they may be anybody's from now on."""
         if self._home is not None:

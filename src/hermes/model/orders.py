@@ -190,18 +190,17 @@ def _try_token(rows: int, columns: int, has_bias: bool, quarter: int, threads: i
 
 @functools.cache
 def deals_out_rows(threads: int) -> bool:
-    """Whether torch gives threads equal shares of one float32 token's rows, and each sums in "lanes" but for the last.
+    """Whether torch gives threads equal shares of one float32 token's rows, each of which is summed in "lanes".
 
-    Those are what is left over of four rows in each share. By trying.
+    But for what is left over of four rows in a share, in which that differs from all rows in one. By trying.
     """
+    if not can_multiply(torch.float32):
+        return False
     generator = torch.Generator().manual_seed(threads)
     rows, columns = threads * 64 + 1, 1024
     weight = _distinct_rows(rows, columns, generator)
     x = torch.randn(1, columns, generator=generator)
-    shares = weight.split(-(-rows // threads))
-    if not can_multiply(torch.float32):
-        return False
-    parts = [multiply_token(x, share, None, "lanes") for share in shares]
+    parts = [multiply_token(x, share, None, "lanes") for share in weight.split(-(-rows // threads))]
     return _have_same_bits(torch.cat(parts, dim=1), functional.linear(x, weight))
 
 

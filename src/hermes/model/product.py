@@ -38,10 +38,12 @@ __all__ = [
     "finish",
     "is_exact",
     "knows_rows",
+    "knows_turned",
     "linear",
     "packed_step",
     "try_order",
     "turned",
+    "turned_rows",
 ]
 
 TILE_BYTES = 4 * 2**20
@@ -117,6 +119,15 @@ class PackedRows:
         check(native().multiply_packed(*self._matrix, **what), self._run.where)
         return output
 
+    def write_to(self, target: torch.Tensor) -> None:
+        """Unpack all of them into contiguous rows."""
+        self._unpack(0, self._shape[0], target)
+
+    def _unpack(self, begin: int, end: int, target: torch.Tensor) -> None:
+        threads = torch.get_num_threads()
+        result = native().unpack_rows(*self._matrix, begin=begin, end=end, target=target.data_ptr(), threads=threads)
+        check(result, self._run.where)
+
     def _unpack_and_multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows, columns = self._shape
         tokens = x.numel() // columns
@@ -127,10 +138,7 @@ class PackedRows:
         output = x.new_empty(*x.shape[:-1], rows)
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
-            result = native().unpack_rows(
-                *self._matrix, begin=begin, end=end, target=tile.data_ptr(), threads=torch.get_num_threads()
-            )
-            check(result, self._run.where)
+            self._unpack(begin, end, tile)
             part = None if bias is None else bias[begin:end]
             output[..., begin:end] = functional.linear(x, tile[: end - begin], part)
         return output
@@ -198,6 +206,22 @@ def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
         if at_once and not rows % at_once:
             return multiply_turned(x, weight, bias, at_once)
     return torch.addmm(bias, x.view(-1, rows), weight).view(*x.shape[:-1], columns)
+
+
+def turned_rows(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """The total, with some rows of a turned matrix added, as `turned` goes on behind those before.
+
+    Where `knows_turned` says so. `x` has as many columns, in one token.
+    """
+    return multiply_turned(x, weight, total, order_of_columns(*weight.shape))
+
+
+def knows_turned(dtype: torch.dtype, tokens: int, shape: tuple[int, int], step: int) -> bool:
+    """Whether `turned_rows` of each `step` rows of a turned matrix gives the bits of torch's product with it all."""
+    if dtype != torch.float32 or tokens != 1 or not can_multiply(dtype):
+        return False
+    at_once = order_of_columns(*shape)
+    return bool(at_once) and not shape[0] % at_once and not step % at_once
 
 
 def _is_one_float(x: torch.Tensor, dtype: torch.dtype, columns: int, bias: torch.Tensor | None) -> bool:

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from hermes.model.mapping import Source, WeightMap, is_plain_linear
+from hermes.model.mapping import Source, WeightMap, is_plain_linear, is_turned_linear
 from hermes.model.trace import Trace, Use
 from hermes.pipeload import smallest_ring
 
@@ -57,7 +57,8 @@ class Partition:
         pinned: names of parameters and buffers.
         rowwise: embedding modules read by row.
         heads: for each head cut by rows, its units' numbers.
-        matrices: the ones among them that are no heads, but large.
+        gathered: the ones among them that are no heads, but large, and are put together in memory for numbers of tokens
+            with which products of ranges round otherwise.
     """
 
     units: tuple[Unit, ...]
@@ -65,7 +66,7 @@ class Partition:
     pinned: tuple[str, ...]
     rowwise: tuple[str, ...]
     heads: Mapping[str, tuple[int, ...]]
-    matrices: frozenset[str] = frozenset()
+    gathered: frozenset[str] = frozenset()
 
 
 def partition(
@@ -75,12 +76,14 @@ def partition(
     *,
     head_rows: int = HEAD_ROWS,
     matrix_bytes: int | None = None,
+    gathers: bool = False,
     shares: int = 1,
 ) -> Partition:
     """Cut `module` along its trace, or (without one) in the order in which its modules were registered.
 
-    With `matrix_bytes`, matrices of linear layers above that size are cut into ranges of rows as wide heads are. Ranges
-    of a head end where so many equal `shares` of its rows do.
+    With `matrix_bytes`, matrices of linear layers above that size are cut into ranges of rows as wide heads are, and
+    put together again where that must be and `gathers` allows it. Ranges of a head end where so many equal `shares` of
+    its rows do.
     """
     tables = _Tables(module, weights.sources)
     uses = tables.uses(trace)
@@ -88,7 +91,7 @@ def partition(
     pin_bytes = min(PIN_BYTES, max(nbytes.values(), default=0) // 64)
     rowwise = {name for name in tables.modules if tables.is_rowwise(name) and nbytes[tables.weight(name)] > pin_bytes}
     cut = {name for name in tables.modules if tables.is_wide_head(name, head_rows)}
-    large_matrices = {name for name in tables.modules if tables.is_matrix_above(name, matrix_bytes)} - cut
+    large_matrices = {name for name in tables.modules if tables.is_matrix_above(name, matrix_bytes, gathers)} - cut
     cut |= large_matrices
     users: dict[str, list[str]] = {name: [] for name in weights.sources}
     for use in uses:
@@ -148,7 +151,7 @@ def partition(
         pinned=tuple(pinned),
         rowwise=tuple(sorted(rowwise)),
         heads={name: tuple(numbers) for name, numbers in heads.items()},
-        matrices=frozenset(large_matrices),
+        gathered=frozenset(large_matrices if gathers else ()),
     )
 
 
@@ -294,14 +297,17 @@ class _Tables:
             and self._is_plain(self.weight(name))
         )
 
-    def is_matrix_above(self, name: str, most_bytes: int | None) -> bool:
-        """A linear layer whose matrix has more bytes, and more rows than a range has at least."""
+    def is_matrix_above(self, name: str, most_bytes: int | None, gathers: bool) -> bool:
+        """A linear layer whose matrix has more bytes, and more rows than a range has at least.
+
+        One that lies turned has a sum's products in its rows: several tokens need it put together.
+        """
         module = self.modules[name]
         return (
             most_bytes is not None
-            and is_plain_linear(module)
-            and module.out_features > MATRIX_ROWS
+            and (is_plain_linear(module) or (gathers and is_turned_linear(module)))
             and self._is_plain(self.weight(name))
+            and self.shape(self.weight(name))[0] > MATRIX_ROWS
             and self.nbytes(self.weight(name)) > most_bytes
         )
 

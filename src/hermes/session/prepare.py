@@ -19,9 +19,9 @@ from hermes.memory.warm import Warmed
 from hermes.model.blocks import Block, LoadFactory, torch_dtype
 from hermes.model.inputs import example_inputs, max_length, vocabulary_size
 from hermes.model.lean import lean_imports
-from hermes.model.mapping import WeightMap, is_plain_linear, is_transformers_model, map_weights
+from hermes.model.mapping import WeightMap, is_plain_linear, is_transformers_model, is_turned_linear, map_weights
 from hermes.model.orders import deals_out_rows
-from hermes.model.product import can_stay_packed, knows_rows, packed_step
+from hermes.model.product import can_stay_packed, knows_rows, knows_turned, packed_step
 from hermes.model.rows import KEPT_BYTES, READ_BYTES
 from hermes.model.skeleton import build_skeleton, finish_skeleton
 from hermes.model.trace import Trace, trace_apart
@@ -112,14 +112,14 @@ class Prepared:
 
     def _unit_gathered_bytes(self, unit: Unit, tokens: int) -> int:
         layer = cast(nn.Linear, self.module.get_submodule(unit.module))
-        if unit.parameters[0] in self._stay_packed:
-            begin, end = unit.rows or (0, layer.out_features)
-            shape = (end - begin, layer.in_features)
-            step = packed_step(shape, tokens, layer.bias is not None, layer.out_features)
-            return step * layer.in_features * layer.weight.element_size()
-        if unit.module in self.partition.matrices and unit.rows is not None and unit.rows[0] == 0:
-            return 0 if _knows_ranges(layer, tokens, unit.rows[1]) else _nbytes(layer)
-        return 0
+        begin, end = unit.rows or (0, 0)
+        if unit.module in self.partition.gathered and begin == 0 and not _knows_ranges(layer, tokens, end):
+            return _nbytes(layer)
+        if unit.parameters[0] not in self._stay_packed:
+            return 0
+        shape = (end - begin or layer.out_features, layer.in_features)
+        step = packed_step(shape, tokens, layer.bias is not None, layer.out_features)
+        return step * layer.in_features * layer.weight.element_size()
 
     @property
     def _row_bytes(self) -> int:
@@ -307,8 +307,10 @@ def prepare_model(
     A workload longer than the model's context is cut to it. `profile` is a file to take costs and trace from, else the
     stored one, or with `fresh` none. With `limit_bytes` a run of this process within them is prepared: memory is found
     for it meanwhile (`Beside`). `room_bytes` is the budget of a plan that nobody runs yet. Where neither holds all
-    weights, matrices of bf16 are cut into ranges of rows; `matrix_bytes` cuts those of any type that have more. Raises
-    CheckpointError, ModelError, ProfileError.
+    weights, large matrices are cut into ranges of rows, if products of those round like the whole one's, and put
+    together where they do not; `matrix_bytes` cuts all that have more.
+
+    Raises CheckpointError, ModelError, ProfileError.
     """
     directory = resolve_model(model, revision=revision)
     if not directory.is_dir():
@@ -344,10 +346,20 @@ def prepare_model(
             beside.tracing()
             trace, tracing_bytes = _trace(skeleton, workload)
         all_fits = _weight_bytes(skeleton, weights) + PROCESS_BYTES <= max(room_bytes, limit_bytes)
-        if matrix_bytes is None and not all_fits and trace is not None and _can_cut(skeleton, trace, workload):
+        gathers = matrix_bytes is None and not all_fits and trace is not None and _can_cut(skeleton, trace, workload)
+        if gathers:
             matrix_bytes = RANGE_BYTES
-            head_rows = MATRIX_ROWS if _dtype_name(skeleton) == "bfloat16" else head_rows
-        prepared = _prepared(skeleton, checkpoint, weights, trace, workload, directory, head_rows, matrix_bytes)
+            head_rows = MATRIX_ROWS if _dtype_name(skeleton) == "bfloat16" or _shares(skeleton) > 1 else head_rows
+        parts = partition(
+            skeleton,
+            weights,
+            trace,
+            head_rows=head_rows,
+            matrix_bytes=matrix_bytes,
+            gathers=gathers,
+            shares=_shares(skeleton),
+        )
+        prepared = _prepared(skeleton, checkpoint, weights, trace, workload, directory, parts)
         if known is not None and not _covers(known, prepared, must=profile is not None):
             known = None
         warmed = beside.stop() if limit_bytes else None
@@ -358,22 +370,32 @@ def prepare_model(
 def _can_cut(skeleton: nn.Module, trace: Trace, workload: Workload) -> bool:
     """Whether all large matrices may stream in ranges: all passes round as with the whole ones, but for a prompt's."""
     head = cast(Any, skeleton).get_output_embeddings()
-    layers = [(name, layer) for name, layer in skeleton.named_modules() if is_plain_linear(layer) and layer is not head]
-    large = [(trace.flops.get(name, 0), layer) for name, layer in layers if _nbytes(layer) > RANGE_BYTES]
+    large = [
+        (trace.flops.get(name, 0), layer)
+        for name, layer in skeleton.named_modules()
+        if (is_plain_linear(layer) or is_turned_linear(layer)) and layer is not head and _nbytes(layer) > RANGE_BYTES
+    ]
     return bool(large) and all(
-        _knows_ranges(layer, tokens, row_step(layer.weight.shape, _nbytes(layer), RANGE_BYTES, MATRIX_ROWS))
+        _knows_ranges(layer, tokens, row_step(_weight(layer).shape, _nbytes(layer), RANGE_BYTES, MATRIX_ROWS))
         for flops, layer in large
-        if (tokens := workload.batch_size if workload.max_new_tokens else flops // (2 * layer.weight.numel()))
+        if (tokens := workload.batch_size if workload.max_new_tokens else flops // (2 * _weight(layer).numel()))
     )
 
 
-def _knows_ranges(layer: nn.Linear, tokens: int, step: int) -> bool:
-    shape = (layer.out_features, layer.in_features)
-    return knows_rows(layer.weight.dtype, tokens, shape, step, layer.bias is not None)
+def _knows_ranges(layer: nn.Module, tokens: int, step: int) -> bool:
+    weight = _weight(layer)
+    shape = (weight.shape[0], weight.shape[1])
+    if is_turned_linear(layer):
+        return knows_turned(weight.dtype, tokens, shape, step)
+    return knows_rows(weight.dtype, tokens, shape, step, cast(nn.Linear, layer).bias is not None)
 
 
-def _nbytes(layer: nn.Linear) -> int:
-    return layer.weight.numel() * layer.weight.element_size()
+def _weight(layer: nn.Module) -> torch.Tensor:
+    return cast(torch.Tensor, layer.weight)
+
+
+def _nbytes(layer: nn.Module) -> int:
+    return _weight(layer).numel() * _weight(layer).element_size()
 
 
 def _trace(skeleton: nn.Module, workload: Workload) -> tuple[Trace | None, int]:
@@ -422,7 +444,8 @@ def prepare_module(
     finish_skeleton(module, weights)
     found, tracing_bytes = trace_apart(module, args, kwargs or {}) if args or kwargs else (None, 0)
     workload = Workload(sequence_length=1, num_forwards=FORWARDS)
-    prepared = _prepared(module, opened, weights, found, workload, path, head_rows, matrix_bytes)
+    parts = partition(module, weights, found, head_rows=head_rows, matrix_bytes=matrix_bytes, shares=_shares(module))
+    prepared = _prepared(module, opened, weights, found, workload, path, parts)
     return replace(prepared, preparing_bytes=_preparing_bytes(tracing_bytes))
 
 
@@ -439,8 +462,7 @@ def _prepared(
     found: Trace | None,
     workload: Workload,
     source: Path,
-    head_rows: int,
-    matrix_bytes: int | None,
+    parts: Partition,
 ) -> Prepared:
     if found is None:
         logger.info("control flow depends on values (or no example input was given): the first pass finds the order")
@@ -449,9 +471,7 @@ def _prepared(
         checkpoint=checkpoint,
         weights=weights,
         trace=found,
-        partition=partition(
-            module, weights, found, head_rows=head_rows, matrix_bytes=matrix_bytes, shares=_shares(module)
-        ),
+        partition=parts,
         workload=workload,
         source=source,
     )

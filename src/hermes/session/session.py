@@ -16,6 +16,7 @@ from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
 from hermes.memory.probe import find_cgroup
 from hermes.model.binding import Binding, BlockSource
+from hermes.model.kernels import settle_functions
 from hermes.model.mapping import is_plain_linear
 from hermes.model.product import try_order
 from hermes.model.units import Granularity
@@ -93,6 +94,7 @@ def start_session(
         BudgetError: the plan does not fit its own limit any more.
         ReadError: the pinned weights could not be read.
     """
+    settle_functions()
     factory = prepared.factory(reader.alignment, plan.piece_bytes)
     blocks, block_of_unit = prepared.blocks(factory, cast(Granularity, plan.granularity))
     pinned = factory.pinned(prepared.partition.pinned)
