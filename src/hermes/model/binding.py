@@ -101,6 +101,7 @@ class Binding:
         self._is_all_bound = False
         self._places: list[tuple[Place, ...]] = []  # of every block; what is resident stays where it is
         self._in_pass = False
+        self._whole: Arena | None = None  # where matrices that came in ranges are put together
         self._ring: torch.UntypedStorage | None = _storage(source.ring)
         self._store: torch.UntypedStorage | None = _storage(source.store)
         modules = dict(module.named_modules())
@@ -235,6 +236,7 @@ class Binding:
                 return own(*args, **kwargs)
             finally:
                 self._in_pass = False
+                self._whole = None
                 self._leave()
                 self._source.end_pass()
 
@@ -272,7 +274,7 @@ class Binding:
             tokens = input.numel() // shape[1]
             if is_exact(input, dtype, bias) and knows_rows(dtype, tokens, shape, step, bias is not None):
                 return by_ranges(input)
-            return functional.linear(input, self._gather(name, ranges, torch.empty(shape, dtype=dtype)), bias)
+            return functional.linear(input, self._gather(name, ranges, shape, dtype), bias)
 
         return forward
 
@@ -283,7 +285,7 @@ class Binding:
         def forward(x: torch.Tensor) -> torch.Tensor:
             total = cast(torch.Tensor, module.bias)
             if not is_exact(x, dtype, total) or not knows_turned(dtype, x.numel() // shape[0], shape, step):
-                return turned(x, self._gather(name, ranges, torch.empty(shape, dtype=dtype)), total)
+                return turned(x, self._gather(name, ranges, shape, dtype), total)
             for block, (begin, end) in ranges:
                 self.enter(block)
                 total = turned_rows(x[..., begin:end], cast(Bound, self._blocks[block].matrices[name]).live, total)
@@ -291,7 +293,13 @@ class Binding:
 
         return forward
 
-    def _gather(self, name: str, ranges: _Ranges, whole: torch.Tensor) -> torch.Tensor:
+    def _gather(self, name: str, ranges: _Ranges, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """The whole matrix, until the next one or the end of the pass; outside the heap, which it would tear apart."""
+        nbytes = shape[0] * shape[1] * dtype.itemsize
+        if self._whole is None or self._whole.nbytes < nbytes:
+            self._whole = None
+            self._whole = Arena(nbytes)
+        whole = torch.frombuffer(self._whole.view[:nbytes], dtype=dtype).view(shape)
         for block, (begin, end) in ranges:
             self.enter(block)
             cast(Bound | PackedRows, self._blocks[block].matrices[name]).write_to(whole[begin:end])
