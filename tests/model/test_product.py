@@ -325,7 +325,9 @@ def test_one_token_of_floats(shape: tuple[int, int], quarter: int, by_native: li
             order = order_of_token(*shape, bias is not None, quarter)
             by_native.clear()
             assert same(product.linear(x, weight, bias), functional.linear(x, weight, bias))
-            assert by_native == [1] * (order is not None)
+            assert by_native == [1] * (order == "quads")
+            if order is not None:
+                assert same(kernels.multiply_token(x, weight, bias, order), functional.linear(x, weight, bias))
 
 
 @multiplies_floats
@@ -339,7 +341,9 @@ def test_one_token_of_floats_with_a_turned_matrix(shape: tuple[int, int], skip: 
         got = product.turned(x, weight, bias)
         assert got.shape == (*x.shape[:-1], shape[1])
         assert same(got.view(1, -1), torch.addmm(bias, x.view(1, -1), weight))
-        assert by_native == [1] * bool(at_once and not shape[0] % at_once)
+        assert by_native == [1] * (at_once == 1)
+        if at_once and not shape[0] % at_once:
+            assert same(kernels.multiply_turned(x, weight, bias, at_once).view(1, -1), got.view(1, -1))
 
 
 @multiplies_floats

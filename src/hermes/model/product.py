@@ -158,7 +158,7 @@ def linear(
     if _is_one_float(x, weight.dtype, columns, bias):
         even = rows if whole_rows is None else rows - rows % (QUAD_ROWS * torch.get_num_threads())
         order = order_of_token(even, columns, bias is not None, first_in_quad(weight))
-        if order is not None:
+        if order == "quads" or (order is not None and whole_rows is not None):  # "lanes": MKL is as fast
             return multiply_token(x, weight, bias, order)
     sums = _sums_for(x, weight.dtype, (rows if whole_rows is None else whole_rows, columns), bias)
     if sums is not None:
@@ -201,10 +201,8 @@ def knows_rows(dtype: torch.dtype, tokens: int, shape: tuple[int, int], step: in
 def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`x @ weight + bias` as `torch.addmm` gives it: what transformers' Conv1D is; likewise."""
     rows, columns = weight.shape
-    if weight.is_contiguous() and _is_one_float(x, weight.dtype, rows, bias):
-        at_once = order_of_columns(rows, columns)
-        if at_once and not rows % at_once:
-            return multiply_turned(x, weight, bias, at_once)
+    if weight.is_contiguous() and _is_one_float(x, weight.dtype, rows, bias) and order_of_columns(rows, columns) == 1:
+        return multiply_turned(x, weight, bias, 1)  # eight rows at a time MKL is faster
     return torch.addmm(bias, x.view(-1, rows), weight).view(*x.shape[:-1], columns)
 
 
