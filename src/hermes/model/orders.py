@@ -47,7 +47,6 @@ TRIED_BYTES = 2**20
 TRIED_ROWS = 8
 """At the beginning, at both sides of the middle and at the end, where threads may meet, of a matrix that is zero
 elsewhere: MKL decides by the number of rows whether threads share columns, so the matrix has all of them."""
-
 HUGE_BYTES = 2**26
 """Of such a matrix, from which on its pages are huge."""
 

@@ -347,9 +347,10 @@ def prepare_model(
             trace, tracing_bytes = _trace(skeleton, workload)
         all_fits = _weight_bytes(skeleton, weights) + PROCESS_BYTES <= max(room_bytes, limit_bytes)
         gathers = matrix_bytes is None and not all_fits and trace is not None and _can_cut(skeleton, trace, workload)
+        shares = _shares(skeleton)
         if gathers:
             matrix_bytes = RANGE_BYTES
-            head_rows = MATRIX_ROWS if _dtype_name(skeleton) == "bfloat16" or _shares(skeleton) > 1 else head_rows
+            head_rows = MATRIX_ROWS if _dtype_name(skeleton) == "bfloat16" or shares > 1 else head_rows
         parts = partition(
             skeleton,
             weights,
@@ -357,7 +358,7 @@ def prepare_model(
             head_rows=head_rows,
             matrix_bytes=matrix_bytes,
             gathers=gathers,
-            shares=_shares(skeleton),
+            shares=shares,
         )
         prepared = _prepared(skeleton, checkpoint, weights, trace, workload, directory, parts)
         if known is not None and not _covers(known, prepared, must=profile is not None):
