@@ -128,6 +128,13 @@ def last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[-1][:200]
 
 
+def processor() -> str:
+    """Its name and, as virtual machines' processors of several generations share one, its model number."""
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in lines}
+    return ", ".join(filter(None, (fields.get("model name"), f"model {fields.get('model', '?')}")))
+
+
 def taken() -> dict[str, object]:
     """When, on what, and with which source (the last commit that changed src/) something was measured."""
     commit = subprocess.run(
@@ -136,7 +143,7 @@ def taken() -> dict[str, object]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "commit": commit.stdout.strip(),
-        "cpu": next(x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").open() if x.startswith("model name")),
+        "cpu": processor(),
         "cores": os.cpu_count(),
     }
 
