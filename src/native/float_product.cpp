@@ -14,7 +14,9 @@ namespace {
 constexpr size_t LANES = 16;
 constexpr size_t STRIP = 4 * LANES;           // tokens with whose sums a core's registers are filled
 constexpr size_t ROWS = 24;                   // copied together; as many registers hold sums
-constexpr size_t TILE = 4 * ROWS;             // at most dealt out together: they share a block of tokens in a core's cache
+constexpr size_t TILE = 16 * ROWS;            // at most dealt out together: they share a block of tokens in a core's cache
+constexpr size_t STEP = 6;                    // rows that fill registers with four times 16 tokens
+constexpr size_t RELOAD = 12;
 constexpr size_t TOKENS = FLOAT_TOKENS;       // turned at once, for the second-level cache
 constexpr size_t COLUMNS = FLOAT_MOST_BLOCK;  // of a row, copied to where no two rows share a line of the first-level cache
 constexpr size_t FEW = 32768;                 // numbers
@@ -168,12 +170,14 @@ struct Tile {
   }
 };
 
-// Of the sizes of a tile the one with which the busiest thread has the fewest rows; the largest of them.
+// Rows dealt out together: the fewer, the more often all tokens come from the third-level cache, which takes about as long
+// as `RELOAD` rows do; the more, the longer the last thread is waited for.
 size_t float_tile_rows(size_t rows, unsigned threads) {
-  size_t best = TILE, fewest = rows + TILE;
-  for (size_t tile = TILE; tile >= ROWS; tile -= ROWS) {
-    const size_t tiles = (rows + tile - 1) / tile, busiest = std::min(rows, (tiles + threads - 1) / threads * tile);
-    if (busiest < fewest) best = tile, fewest = busiest;
+  size_t best = TILE, least = SIZE_MAX;
+  for (size_t tile = TILE; tile >= STEP; tile -= STEP) {
+    const size_t tiles = (rows + tile - 1) / tile, turns = (tiles + threads - 1) / threads;
+    const size_t cost = turns * (std::min(tile, rows) + RELOAD);
+    if (cost < least) best = tile, least = cost;
   }
   return best;
 }
@@ -182,15 +186,16 @@ size_t float_tile_rows(size_t rows, unsigned threads) {
 
 bool can_multiply_floats() { return best_path().name == std::string_view("avx512"); }
 
-void multiply_floats(const Product& p, const u8* weights, size_t rows, u8* scratch, unsigned threads) {
+void multiply_floats(const Product& p, const u8* weights, size_t rows, u8* scratch, bool turned, unsigned threads) {
   for (size_t token = 0; token < p.tokens; token += TOKENS) {
     const Turned x{reinterpret_cast<float*>(scratch), std::min(TOKENS, p.tokens - token), p.columns};
     // Other threads would take longer to begin than this takes with few tokens.
     const unsigned fillers = x.tokens * x.columns < FEW ? 1 : threads;
-    over_tiles(0, x.tokens, LANES, fillers, [&](size_t from, size_t, size_t) -> Result {
-      x.fill(floats(p.x) + token * p.columns, from);
-      return {Fault::NONE, 0};
-    });
+    if (!turned || p.tokens > TOKENS)
+      over_tiles(0, x.tokens, LANES, fillers, [&](size_t from, size_t, size_t) -> Result {
+        x.fill(floats(p.x) + token * p.columns, from);
+        return {Fault::NONE, 0};
+      });
     over_tiles(0, rows, float_tile_rows(rows, threads), threads, [&](size_t from, size_t to, size_t next) -> Result {
       Tile tile(p, floats(weights), from, to - from);
       const float* const after = next < rows ? floats(weights) + next * p.columns : nullptr;
@@ -204,7 +209,7 @@ HERMES_TARGET_END
 #else
 
 bool can_multiply_floats() { return false; }
-void multiply_floats(const Product&, const u8*, size_t, u8*, unsigned) {}
+void multiply_floats(const Product&, const u8*, size_t, u8*, bool, unsigned) {}
 
 #endif
 }  // namespace hermes

@@ -108,13 +108,14 @@ void multiply_rows(Address weights, size_t rows, size_t columns, Address x, size
 }
 
 void multiply_float_rows(Address weights, size_t rows, size_t columns, Address x, size_t tokens, Address bias,
-                         size_t block, size_t part, Address y, size_t y_stride, Address scratch, unsigned threads) {
+                         size_t block, size_t part, Address y, size_t y_stride, Address scratch, bool turned,
+                         unsigned threads) {
   if (!can_multiply_floats()) throw nb::value_error("no float32 products on this processor");
   if (columns == 0 || block == 0 || block > FLOAT_MOST_BLOCK || part == 0)
     throw nb::value_error("no columns, or a block too large, or no part");
   const Product what{at(x), tokens, columns, at(bias), block, at(y), y_stride, part};
   nb::gil_scoped_release release;
-  multiply_floats(what, at(weights), rows, at(scratch), threads);
+  multiply_floats(what, at(weights), rows, at(scratch), turned, threads);
 }
 
 void multiply_one_float_token(Address weights, size_t rows, size_t columns, Address x, Address bias, size_t head,
@@ -191,8 +192,8 @@ NB_MODULE(_native, m) {
         "What `multiply_floats` needs to work in.");
   m.def("multiply_floats", &multiply_float_rows, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"), nb::arg("x"),
         nb::arg("tokens"), nb::arg("bias"), nb::arg("block"), nb::arg("part"), nb::arg("y"), nb::arg("y_stride"),
-        nb::arg("scratch"),
-        nb::arg("threads"), "Multiply float32 tokens at x with rows of float32 weights, into y.");
+        nb::arg("scratch"), nb::arg("turned"), nb::arg("threads"),
+        "Multiply float32 tokens at x with rows of float32 weights, into y.");
   m.def("multiply_float_token", &multiply_one_float_token, nb::arg("weights"), nb::arg("rows"), nb::arg("columns"),
         nb::arg("x"), nb::arg("bias"), nb::arg("head"), nb::arg("y"), nb::arg("threads"),
         "Multiply one float32 token at x with rows of float32 weights, into y.");

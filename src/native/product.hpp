@@ -73,8 +73,9 @@ bool can_multiply_floats();
 // The same of float32, x, weights, bias and y alike: each product and its addition rounded once, column after column, from
 // nothing again for each `block` columns and each `part`; the bias first, then these sums in order, of each part by
 // itself, then the parts. Any number of rows and columns; `block` is FLOAT_MOST_BLOCK at most. `scratch` has
-// `float_scratch_bytes`.
-void multiply_floats(const Product& p, const u8* weights, size_t rows, u8* scratch, unsigned threads);
+// `float_scratch_bytes`; with `turned` it still holds these tokens, of a product before, where they are FLOAT_TOKENS at
+// most.
+void multiply_floats(const Product& p, const u8* weights, size_t rows, u8* scratch, bool turned, unsigned threads);
 inline constexpr size_t FLOAT_MOST_BLOCK = 512;
 inline constexpr size_t FLOAT_TOKENS = 256;  // at once; more of them take turns
 inline size_t float_scratch_bytes(size_t tokens, size_t columns) {

@@ -130,7 +130,7 @@ void one_matrix(const u8* data, size_t size) {
 void multiply_some_floats(const u8* data, size_t size) {
   if (!can_multiply_floats()) return;
   const size_t tokens = 1 + load<u16>(data + 2) % 300, rows = 1 + data[4] % 60, columns = 1 + load<u16>(data + 5) % 700;
-  const size_t block = 1 + load<u16>(data + 1) % FLOAT_MOST_BLOCK;
+  const size_t block = 1 + load<u16>(data + 1) % FLOAT_MOST_BLOCK, part = 1 + load<u16>(data + 3) % 1000;
   const auto some = [&](size_t count, size_t from) {
     Exact numbers(count * 4);
     for (size_t i = 0; i < count; ++i)
@@ -141,17 +141,26 @@ void multiply_some_floats(const u8* data, size_t size) {
   const unsigned threads = 1 + data[7] % 3;
   const Exact y(tokens * rows * 4), scratch(float_scratch_bytes(tokens, columns));
   const u8* given = data[7] % 2 ? bias.bytes.get() : nullptr;
-  multiply_floats({x.bytes.get(), tokens, columns, given, block, y.bytes.get(), rows}, weights.bytes.get(), rows,
-                  scratch.bytes.get(), threads);
+  const size_t first = rows / 2;  // the others by themselves, with the tokens as they were turned for these
+  for (const size_t from : {size_t(0), first}) {
+    const size_t count = from ? rows - first : first ? first : rows;
+    const Product p{x.bytes.get(), tokens, columns, given ? given + 4 * from : nullptr, block, y.bytes.get() + 4 * from,
+                    rows, part};
+    multiply_floats(p, weights.bytes.get() + 4 * from * columns, count, scratch.bytes.get(), from > 0, threads);
+  }
   for (size_t t = 0; t < tokens; t += 1 + t / 8)
     for (size_t r = 0; r < rows; ++r) {
       float total = given ? load<float>(given + 4 * r) : 0;
-      for (size_t from = 0; from < columns; from += block) {
-        float sum = 0;
-        for (size_t c = from; c < std::min(from + block, columns); ++c)
-          sum = std::fma(load<float>(x.bytes.get() + 4 * (t * columns + c)),
-                         load<float>(weights.bytes.get() + 4 * (r * columns + c)), sum);
-        total = from || given ? total + sum : sum;
+      for (size_t begin = 0; begin < columns; begin += part) {
+        float of_part = begin ? 0 : total;
+        for (size_t from = begin; from < std::min(begin + part, columns); from += block) {
+          float sum = 0;
+          for (size_t c = from; c < std::min({from + block, begin + part, columns}); ++c)
+            sum = std::fma(load<float>(x.bytes.get() + 4 * (t * columns + c)),
+                           load<float>(weights.bytes.get() + 4 * (r * columns + c)), sum);
+          of_part = from > begin || (given && !begin) ? of_part + sum : sum;
+        }
+        total = begin ? total + of_part : of_part;
       }
       require(load<u32>(y.bytes.get() + 4 * (t * rows + r)) == std::bit_cast<u32>(total), "a product of floats differs");
     }
@@ -171,8 +180,9 @@ void multiply_one_token(const u8* data, size_t size) {
   const unsigned threads = 1 + data[7] % 3;
   multiply_float_token({x.bytes.get(), 1, columns, nullptr, columns, y.bytes.get(), rows}, weights.bytes.get(), rows, head,
                        threads);
-  multiply_float_columns({x.bytes.get(), 1, rows, bias.bytes.get(), 1, turned.bytes.get(), columns}, weights.bytes.get(),
-                         columns, threads);
+  const Product p{x.bytes.get(), 1, rows, bias.bytes.get(), 1, turned.bytes.get(), columns};
+  if (rows % 8 == 0) multiply_float_columns(p, weights.bytes.get(), columns, true, threads);  // within bounds at least
+  multiply_float_columns(p, weights.bytes.get(), columns, false, threads);
   for (size_t r = 0; r < rows; r += 1 + r / 16) {
     volatile float product, lanes[4] = {};  // volatile: no product is added before it is rounded
     const size_t main = head + (columns - head) / 4 * 4;

@@ -14,7 +14,7 @@ from hermes.model.orders import deals_out_rows
 from hermes.model.product import knows_rows, knows_turned
 from hermes.model.units import MATRIX_ROWS
 from hermes.profile import ComputeRecord
-from hermes.session import Workload, prepare, prepare_model
+from hermes.session import Workload, prepare, prepare_model, ranges
 from hermes.session.quantizable import find_quantizable
 
 IDS = torch.arange(3, 43)[None]
@@ -63,9 +63,9 @@ def test_only_where_not_all_fits_and_kernels_round_alike(tmp_path, monkeypatch):
     assert ranges_of(prepare_model(path, workload=WORKLOAD))
     assert ranges_of(prepare_model(path, workload=WORKLOAD, room_bytes=prepare.PROCESS_BYTES))
     assert not ranges_of(prepare_model(path, workload=WORKLOAD, room_bytes=ROOM))
-    monkeypatch.setattr(prepare, "knows_rows", lambda dtype, tokens, *_: tokens == 1)
+    monkeypatch.setattr(ranges, "knows_rows", lambda dtype, tokens, *_: tokens == 1)
     assert ranges_of(prepare_model(path, workload=WORKLOAD))  # a prompt's matrices are put together
-    monkeypatch.setattr(prepare, "knows_rows", lambda dtype, tokens, *_: tokens == 40)
+    monkeypatch.setattr(ranges, "knows_rows", lambda dtype, tokens, *_: tokens == 40)
     assert not ranges_of(prepare_model(path, workload=WORKLOAD))
 
 
@@ -74,7 +74,7 @@ def test_a_matrix_is_put_together_for_numbers_of_tokens_that_need_it_whole(tmp_p
     dtype = torch.float32 if form == "float32" else torch.bfloat16
     path = make(tmp_path / "plain", dtype)
     monkeypatch.setattr(prepare, "PROCESS_BYTES", 2**40)
-    monkeypatch.setattr(prepare, "knows_rows", lambda dtype, tokens, *_: tokens in (1, 40))
+    monkeypatch.setattr(ranges, "knows_rows", lambda dtype, tokens, *_: tokens in (1, 40))
     monkeypatch.setattr(binding, "knows_rows", lambda *what: what[1] != 7 and knows_rows(*what))
     resident = hf.LlamaForCausalLM.from_pretrained(path)
     if form == "packed":

@@ -17,7 +17,7 @@ from hermes.errors import EngineError
 from hermes.memory.arena import Arena
 from hermes.model.blocks import Block, Bound, LoadFactory
 from hermes.model.mapping import is_plain_linear, is_turned_linear
-from hermes.model.product import PackedRows, is_exact, knows_rows, knows_turned, turned, turned_rows
+from hermes.model.product import PackedRows, Ranges, is_exact, knows_rows, knows_turned, turned, turned_rows
 from hermes.model.quantized import QuantizedRows
 from hermes.model.rows import RowTable
 from hermes.model.units import Partition, Unit
@@ -249,13 +249,12 @@ class Binding:
             if len(ranges) == 1:
                 self.enter(ranges[0][0])
                 return self._blocks[ranges[0][0]].matrices[name].linear(input, linear.bias)
-            output = input.new_empty(*input.shape[:-1], ranges[-1][1][1])
-            bias = linear.bias
+            product, bias = Ranges(input, ranges[-1][1][1]), linear.bias
             for block, (begin, end) in ranges:
                 self.enter(block)
                 part = None if bias is None else bias[begin:end]
-                output[..., begin:end] = self._blocks[block].matrices[name].linear(input, part)
-            return output
+                cast(Bound | PackedRows, self._blocks[block].matrices[name]).multiply_range(product, begin, part)
+            return product.output
 
         return forward
 

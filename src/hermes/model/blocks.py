@@ -12,7 +12,7 @@ from torch import nn
 from hermes.checkpoint.chunks import PackedFile
 from hermes.checkpoint.index import DTYPE_BYTES, Extent
 from hermes.model.mapping import Source, is_plain_linear
-from hermes.model.product import PackedRows, finish, linear
+from hermes.model.product import PackedRows, Ranges, finish, linear, multiply_range
 from hermes.model.quantized import SCALE_BYTES, QuantizedRows
 from hermes.model.trace import tensors_in
 from hermes.model.units import Unit
@@ -101,6 +101,10 @@ class Bound:
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`product.linear` with what is bound."""
         return linear(x, self.live, bias, self._whole_rows)
+
+    def multiply_range(self, ranges: Ranges, begin: int, bias: torch.Tensor | None) -> None:
+        """`product.multiply_range` with what is bound."""
+        multiply_range(ranges, begin, self.live, bias, self._whole_rows or self._shape[0])
 
     def write_to(self, target: torch.Tensor) -> None:
         """Copy what is bound."""

@@ -13,8 +13,8 @@ from torch.nn import functional
 from hermes.checkpoint.decoder import native
 
 __all__ = [
-    "EIGHT", "QUAD_ROWS", "Sums", "TokenOrder", "can_multiply", "can_multiply_tiles", "first_in_quad", "multiply",
-    "multiply_token", "multiply_turned", "operands", "settle_functions",
+    "EIGHT", "QUAD_ROWS", "Ranges", "Sums", "TokenOrder", "can_multiply", "can_multiply_tiles", "first_in_quad",
+    "multiply", "multiply_token", "multiply_turned", "operands", "settle_functions",
 ]  # fmt: skip
 
 QUAD_ROWS = 4
@@ -64,28 +64,53 @@ def can_multiply_tiles() -> bool:
     return can_multiply(torch.bfloat16) and bool(native().can_multiply_tiles())
 
 
+class Ranges:
+    """One input's products with ranges of a float32 matrix's rows: they share the output, and the tokens turned around.
+
+    Attributes:
+        x: the tokens, contiguous.
+        output: of all rows.
+    """
+
+    def __init__(self, x: torch.Tensor, rows: int) -> None:
+        self.x = x.contiguous()
+        self.output = x.new_empty(*x.shape[:-1], rows)
+        self._turned: torch.Tensor | None = None
+
+    def multiply(self, begin: int, weight: torch.Tensor, bias: torch.Tensor | None, sums: Sums) -> None:
+        """Those with the rows from `begin` on, whose bias this is."""
+        tokens, is_turned = math.prod(self.x.shape[:-1]), self._turned is not None
+        if self._turned is None:
+            self._turned = torch.empty(native().float_scratch_bytes(tokens, self.x.shape[-1]), dtype=torch.uint8)
+        native().multiply_floats(
+            weight.data_ptr(), *weight.shape, x=self.x.data_ptr(), tokens=tokens,
+            bias=0 if bias is None else bias.data_ptr(), block=sums.block, part=sums.part,
+            y=self.output.data_ptr() + begin * self.output.element_size(), y_stride=self.output.shape[-1],
+            scratch=self._turned.data_ptr(), turned=is_turned, threads=torch.get_num_threads(),
+        )  # fmt: skip
+
+
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sums: Sums) -> torch.Tensor:
     """`x @ weight.T + bias`, summed in this order."""
+    if weight.dtype == torch.float32:
+        ranges = Ranges(x, weight.shape[0])
+        ranges.multiply(0, weight, bias, sums)
+        return ranges.output
     x = x.contiguous()
     what, output = operands(x, weight.shape[0], bias, sums)
-    if weight.dtype == torch.float32:
-        scratch = torch.empty(native().float_scratch_bytes(what["tokens"], x.shape[-1]), dtype=torch.uint8)
-        native().multiply_floats(weight.data_ptr(), *weight.shape, scratch=scratch.data_ptr(), **what)
-    else:
-        native().multiply(weight.data_ptr(), *weight.shape, **what)
+    native().multiply(weight.data_ptr(), *weight.shape, **what)
     return output
 
 
 def operands(x: torch.Tensor, rows: int, bias: torch.Tensor | None, sums: Sums) -> tuple[dict[str, int], torch.Tensor]:
-    """What the native module is told of the tokens, which the caller keeps, and where their products will be."""
+    """What the native module is told of tokens of bf16, which the caller keeps, and where their products will be."""
     output = x.new_empty(*x.shape[:-1], rows)
-    order = {"part": sums.part} if x.dtype == torch.float32 else {"by_tiles": sums.by_tiles}
     return {
         "x": x.data_ptr(),
         "tokens": math.prod(x.shape[:-1]),
         "bias": 0 if bias is None else bias.data_ptr(),
         "block": sums.block,
-        **order,
+        "by_tiles": sums.by_tiles,
         "y": output.data_ptr(),
         "y_stride": rows,
         "threads": torch.get_num_threads(),

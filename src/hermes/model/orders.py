@@ -72,17 +72,11 @@ def order_of_sums(
 @functools.cache
 def _try_order(dtype: torch.dtype, tokens: int, rows: int, columns: int, has_bias: bool, threads: int) -> Sums | None:
     """Some milliseconds."""
-    generator = torch.Generator().manual_seed(columns)
     index = _ends_and_middle(0, rows)
     index = torch.cat([index, index[:1].expand(-len(index) % GROUP_ROWS)])
-    x, tried = _cancelling(tokens, len(index), columns, dtype, generator)
-    weight = _zeros(rows, columns, dtype)
-    weight[index] = tried
-    tried = weight[index]
-    # Products of bf16 are exact in float32, so that what is left of such sums is rounding alone, as large as this bias.
-    bias = (torch.randn(rows, generator=generator) / 2**18).to(dtype) if has_bias else None
+    x, weight, bias = _cancelling(tokens, rows, columns, index, dtype, has_bias)
     expected = functional.linear(x, weight, bias)[:, index]
-    bias = None if bias is None else bias[index]
+    tried, bias = weight[index], None if bias is None else bias[index]
     few = slice(None, GROUP_ROWS)
     for sums in _float_sums(columns, threads) if dtype == torch.float32 else _half_sums(columns, threads):
         if all(_have_same_bits(multiply(x[some], tried, bias, sums), expected[some]) for some in (few, slice(None))):
@@ -113,13 +107,10 @@ def rounds_in_ranges(tokens: int, rows: int, columns: int, step: int, has_bias: 
 
     By trying. Where oneDNN begins new sums may depend on the number of rows.
     """
-    generator = torch.Generator().manual_seed(columns)
     ranges = {(begin, min(begin + step, rows)) for begin in (0, rows // step // 2 * step, (rows - 1) // step * step)}
     places = [(begin, end, _ends_and_middle(begin, end)) for begin, end in sorted(ranges)]
-    x, tried = _cancelling(tokens, sum(len(index) for *_, index in places), columns, torch.bfloat16, generator)
-    weight = _zeros(rows, columns, torch.bfloat16)
-    weight[torch.cat([index for *_, index in places])] = tried
-    bias = (torch.randn(rows, generator=generator) / 2**18).bfloat16() if has_bias else None
+    index = torch.cat([index for *_, index in places])
+    x, weight, bias = _cancelling(tokens, rows, columns, index, torch.bfloat16, has_bias)
     expected = functional.linear(x, weight, bias)
     return all(
         _have_same_bits(
@@ -150,15 +141,23 @@ def _zeros(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _cancelling(
-    tokens: int, rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and rows whose products cancel each other all but entirely, so that every other order shows."""
+    tokens: int, rows: int, columns: int, index: torch.Tensor, dtype: torch.dtype, has_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Tokens, a matrix and a bias, so that products with these rows of it cancel all but entirely; others are zero.
+
+    Every other order of sums shows: those of bf16 are exact in float32, and what is left is rounding alone, as large as
+    the bias.
+    """
+    generator = torch.Generator().manual_seed(columns)
     half = columns // 2
     x = _distinct_rows(tokens, columns, generator).to(dtype)
-    weight = (_distinct_rows(rows, columns, generator) / 64).to(dtype)
+    tried = (_distinct_rows(len(index), columns, generator) / 64).to(dtype)
     x[:, half : 2 * half] = x[:, :half].roll(7, dims=1)
-    weight[:, half : 2 * half] = -weight[:, :half].roll(7, dims=1)
-    return x, weight
+    tried[:, half : 2 * half] = -tried[:, :half].roll(7, dims=1)
+    weight = _zeros(rows, columns, dtype)
+    weight[index] = tried
+    bias = (torch.randn(rows, generator=generator) / 2**18).to(dtype) if has_bias else None
+    return x, weight, bias
 
 
 def order_of_token(rows: int, columns: int, has_bias: bool, quarter: int) -> TokenOrder | None:

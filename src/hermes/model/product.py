@@ -20,6 +20,7 @@ from hermes.checkpoint.chunks import ChunkRun
 from hermes.checkpoint.decoder import check, native
 from hermes.model.kernels import (
     QUAD_ROWS,
+    Ranges,
     Sums,
     can_multiply,
     first_in_quad,
@@ -28,18 +29,27 @@ from hermes.model.kernels import (
     multiply_turned,
     operands,
 )
-from hermes.model.orders import GROUP_ROWS, order_of_columns, order_of_sums, order_of_token, rounds_in_ranges
+from hermes.model.orders import (
+    GROUP_ROWS,
+    deals_out_rows,
+    order_of_columns,
+    order_of_sums,
+    order_of_token,
+    rounds_in_ranges,
+)
 from hermes.model.units import MATRIX_ROWS, row_step
 from hermes.pipeload import Place
 
 __all__ = [
     "PackedRows",
+    "Ranges",
     "can_stay_packed",
     "finish",
     "is_exact",
     "knows_rows",
     "knows_turned",
     "linear",
+    "multiply_range",
     "packed_step",
     "try_order",
     "turned",
@@ -119,6 +129,10 @@ class PackedRows:
         check(native().multiply_packed(*self._matrix, **what), self._run.where)
         return output
 
+    def multiply_range(self, ranges: Ranges, begin: int, bias: torch.Tensor | None) -> None:
+        """`linear` into the place of these rows in the output."""
+        ranges.output[..., begin : begin + self._shape[0]] = self.linear(ranges.x, bias)
+
     def write_to(self, target: torch.Tensor) -> None:
         """Unpack all of them into contiguous rows."""
         self._unpack(0, self._shape[0], target)
@@ -150,15 +164,16 @@ def linear(
     """`functional.linear`; by the native module where that is faster and has the same bits.
 
     `weight` may be some rows of a matrix of `whole_rows`: the bits are then those of the product with all of it, where
-    `knows_rows` says so.
+    `knows_rows` says so. One token of float32 that MKL sums in "lanes" it multiplies as fast.
     """
     rows, columns = weight.shape
     if not weight.is_contiguous():
         return functional.linear(x, weight, bias)
-    if _is_one_float(x, weight.dtype, columns, bias):
-        even = rows if whole_rows is None else rows - rows % (QUAD_ROWS * torch.get_num_threads())
+    threads = torch.get_num_threads()
+    if _is_one_float(x, weight.dtype, columns, bias) and (whole_rows is not None or not deals_out_rows(threads)):
+        even = rows if whole_rows is None else rows - rows % (QUAD_ROWS * threads)
         order = order_of_token(even, columns, bias is not None, first_in_quad(weight))
-        if order == "quads" or (order is not None and whole_rows is not None):  # "lanes": MKL is as fast
+        if order is not None:
             return multiply_token(x, weight, bias, order)
     sums = _sums_for(x, weight.dtype, (rows if whole_rows is None else whole_rows, columns), bias)
     if sums is not None:
@@ -166,6 +181,17 @@ def linear(
         if not rows % GROUP_ROWS if weight.dtype == torch.bfloat16 else x.numel() <= most * columns:
             return multiply(x, weight, bias, sums)
     return functional.linear(x, weight, bias)
+
+
+def multiply_range(
+    ranges: Ranges, begin: int, weight: torch.Tensor, bias: torch.Tensor | None, whole_rows: int
+) -> None:
+    """`linear` of the rows from `begin` on of a matrix, into their place in the output."""
+    if weight.dtype == torch.float32 and weight.is_contiguous():
+        sums = _sums_for(ranges.x, weight.dtype, (whole_rows, weight.shape[1]), bias)
+        if sums is not None:
+            return ranges.multiply(begin, weight, bias, sums)
+    ranges.output[..., begin : begin + weight.shape[0]] = linear(ranges.x, weight, bias, whole_rows)
 
 
 def try_order(layer: nn.Linear, tokens: int) -> None:

@@ -64,6 +64,10 @@ class Trace:
     cache_bytes: int = 0
     output_bytes: int = 0
 
+    def tokens(self, module: str, numel: int) -> int:
+        """That a linear layer with a matrix of so many numbers multiplied; 0 if it did not run."""
+        return self.flops.get(module, 0) // (2 * numel)
+
 
 def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace | None:
     """Run `module(*args, **kwargs)` over fake tensors; None where its control flow depends on values.

@@ -3,7 +3,8 @@
 from hermes.session.beside import touch_when_warm
 from hermes.session.estimate import estimate_profile, measure_floor
 from hermes.session.measure import measure_calls, measure_profile
-from hermes.session.prepare import FORWARDS, Prepared, prepare_model, prepare_module
+from hermes.session.prepare import FORWARDS, prepare_model, prepare_module
+from hermes.session.prepared import Prepared
 from hermes.session.session import MARGIN_BYTES, Session, attach, memory_limit, start_session
 from hermes.session.workload import HEAP_SLACK_BYTES, UNTRACED_HEAP_BYTES, Workload
 

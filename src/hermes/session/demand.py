@@ -7,7 +7,7 @@ from typing import Any
 from hermes.model.inputs import PassShape, pass_shape, vocabulary_size
 from hermes.model.mapping import is_transformers_model
 from hermes.model.trace import Trace
-from hermes.session.prepare import Prepared
+from hermes.session.prepared import Prepared
 from hermes.session.workload import HEAP_OF_ACTIVATIONS, LOGITS_COPIES, Workload
 
 __all__ = ["Demand", "demand_of"]

@@ -22,7 +22,7 @@ from hermes.profile import (
     measure_touch,
     measure_unpacking,
 )
-from hermes.session.prepare import Prepared
+from hermes.session.prepared import Prepared
 from hermes.session.workload import Workload
 
 __all__ = ["estimate_profile", "measure_floor", "unit_record"]

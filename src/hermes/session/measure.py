@@ -30,7 +30,7 @@ from hermes.profile import (
     measure_windows,
 )
 from hermes.session.estimate import estimate_profile, measure_floor, unit_record
-from hermes.session.prepare import Prepared
+from hermes.session.prepared import Prepared
 from hermes.session.session import MARGIN_BYTES, Session, memory_limit, start_session
 from hermes.units import format_budget, format_bytes
 

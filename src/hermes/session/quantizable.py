@@ -13,7 +13,8 @@ from hermes.checkpoint import Extent
 from hermes.checkpoint.quantized import GROUP, STEP, can_be_quantized
 from hermes.errors import InputError
 from hermes.model.mapping import is_plain_linear
-from hermes.session.prepare import Prepared, prepare_model
+from hermes.session.prepare import prepare_model
+from hermes.session.prepared import Prepared
 from hermes.session.workload import Workload
 
 __all__ = ["Quantizable", "find_quantizable"]

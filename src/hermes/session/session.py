@@ -22,7 +22,7 @@ from hermes.model.product import try_order
 from hermes.model.units import Granularity
 from hermes.plan import Plan
 from hermes.session.demand import demand_of
-from hermes.session.prepare import Prepared
+from hermes.session.prepared import Prepared
 
 __all__ = ["MARGIN_BYTES", "Session", "attach", "memory_limit", "start_session"]
 
@@ -168,8 +168,8 @@ def _get_ready(prepared: Prepared, plan: Plan) -> None:
         return
     grow_heap(min(prepared.trace.peak_bytes, plan.heap_bytes, GROWN_BYTES))
     for name, module in prepared.module.named_modules():
-        if is_plain_linear(module) and (flops := prepared.trace.flops.get(name)):
-            try_order(module, flops // (2 * module.weight.numel()))
+        if is_plain_linear(module) and (tokens := prepared.trace.tokens(name, module.weight.numel())):
+            try_order(module, tokens)
 
 
 def attach(module: nn.Module, session: Session) -> nn.Module:
