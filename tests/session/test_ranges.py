@@ -92,6 +92,17 @@ def test_a_matrix_is_put_together_for_numbers_of_tokens_that_need_it_whole(tmp_p
             assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
+def test_matrices_stay_whole_where_their_ranges_would_take_longer(tmp_path):
+    """Native products of float32 with many tokens are slower than torch's; the disk is not what they wait for."""
+    torch.manual_seed(0)
+    config = hf.BertConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=4)
+    hf.BertModel(config).save_pretrained(tmp_path)
+    few, many = (prepare_model(tmp_path, workload=Workload(sequence_length=length)) for length in (64, 400))
+    assert not ranges_of(many)
+    shapes = ((512, 512), (1024, 512), (512, 1024))
+    assert bool(ranges_of(few)) == all(knows_rows(torch.float32, 64, shape, MATRIX_ROWS, True) for shape in shapes)
+
+
 def test_turned_matrices_stream_in_ranges_of_what_is_summed(tmp_path, monkeypatch):
     """One token's sums go on from range to range; for more of them a matrix is put together."""
     torch.manual_seed(0)

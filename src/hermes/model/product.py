@@ -51,6 +51,7 @@ __all__ = [
     "linear",
     "multiply_range",
     "packed_step",
+    "slows_ranges",
     "try_order",
     "turned",
     "turned_rows",
@@ -177,7 +178,7 @@ def linear(
             return multiply_token(x, weight, bias, order)
     sums = _sums_for(x, weight.dtype, (rows if whole_rows is None else whole_rows, columns), bias)
     if sums is not None:
-        most = math.inf if whole_rows is not None else FASTER_TOKENS.get(sums.block, FASTER_TOKENS_ELSE)
+        most = math.inf if whole_rows is not None else _faster_tokens(sums)
         if not rows % GROUP_ROWS if weight.dtype == torch.bfloat16 else x.numel() <= most * columns:
             return multiply(x, weight, bias, sums)
     return functional.linear(x, weight, bias)
@@ -222,6 +223,16 @@ def knows_rows(dtype: torch.dtype, tokens: int, shape: tuple[int, int], step: in
         is_known = is_known and not shape[0] % GROUP_ROWS
         return is_known or rounds_in_ranges(tokens, *shape, step, has_bias, threads)
     return dtype == torch.float32 and is_known
+
+
+def slows_ranges(dtype: torch.dtype, tokens: int, shape: tuple[int, int], has_bias: bool) -> bool:
+    """Whether torch's product with a matrix is faster than the native ones with its ranges of rows."""
+    sums = order_of_sums(dtype, tokens, *shape, has_bias, torch.get_num_threads()) if dtype == torch.float32 else None
+    return sums is not None and tokens > _faster_tokens(sums)
+
+
+def _faster_tokens(sums: Sums) -> int:
+    return FASTER_TOKENS.get(sums.block, FASTER_TOKENS_ELSE)
 
 
 def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

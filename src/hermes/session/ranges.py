@@ -7,7 +7,7 @@ from torch import nn
 
 from hermes.model.mapping import is_plain_linear, is_turned_linear
 from hermes.model.orders import deals_out_rows
-from hermes.model.product import knows_rows, knows_turned, packed_step
+from hermes.model.product import knows_rows, knows_turned, packed_step, slows_ranges
 from hermes.model.trace import Trace
 from hermes.model.units import MATRIX_ROWS, row_step
 from hermes.session.workload import Workload
@@ -16,7 +16,10 @@ __all__ = ["can_cut", "knows_ranges", "matrix_bytes_of", "row_shares", "unpacked
 
 
 def can_cut(skeleton: nn.Module, trace: Trace, workload: Workload, range_bytes: int) -> bool:
-    """Whether larger matrices may stream in such ranges: all passes round as with whole ones, but for a prompt's."""
+    """Whether larger matrices shall stream in such ranges: all passes round as with whole ones, but for a prompt's.
+
+    And none computes for longer: where a pass has so many tokens, the disk is not what it waits for.
+    """
     head = cast(Any, skeleton).get_output_embeddings()
     large = [
         (layer, workload.batch_size if workload.max_new_tokens else trace.tokens(name, _weight(layer).numel()))
@@ -27,6 +30,7 @@ def can_cut(skeleton: nn.Module, trace: Trace, workload: Workload, range_bytes: 
     ]
     return bool(large) and all(
         knows_ranges(layer, tokens, row_step(_weight(layer).shape, matrix_bytes_of(layer), range_bytes, MATRIX_ROWS))
+        and not (is_plain_linear(layer) and slows_ranges(layer.weight.dtype, tokens, *_shape(layer)))
         for layer, tokens in large
         if tokens
     )
@@ -34,11 +38,10 @@ def can_cut(skeleton: nn.Module, trace: Trace, workload: Workload, range_bytes: 
 
 def knows_ranges(layer: nn.Module, tokens: int, step: int) -> bool:
     """Whether products of each `step` rows of a linear layer's matrix have the bits of the one with it all."""
-    weight = _weight(layer)
-    shape = (weight.shape[0], weight.shape[1])
+    shape, has_bias = _shape(layer)
     if is_turned_linear(layer):
-        return knows_turned(weight.dtype, tokens, shape, step)
-    return knows_rows(weight.dtype, tokens, shape, step, cast(nn.Linear, layer).bias is not None)
+        return knows_turned(_weight(layer).dtype, tokens, shape, step)
+    return knows_rows(_weight(layer).dtype, tokens, shape, step, has_bias)
 
 
 def matrix_bytes_of(layer: nn.Module) -> int:
@@ -62,3 +65,9 @@ def row_shares(dtype: str) -> int:
 
 def _weight(layer: nn.Module) -> torch.Tensor:
     return cast(torch.Tensor, layer.weight)
+
+
+def _shape(layer: nn.Module) -> tuple[tuple[int, int], bool]:
+    """Of the matrix as it lies, and whether there is a bias."""
+    rows, columns = _weight(layer).shape
+    return (rows, columns), layer.bias is not None
