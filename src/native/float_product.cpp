@@ -17,6 +17,7 @@ constexpr size_t ROWS = 24;                   // copied together; as many regist
 constexpr size_t TILE = 16 * ROWS;            // at most dealt out together: they share a block of tokens in a core's cache
 constexpr size_t STEP = 6;                    // rows that fill registers with four times 16 tokens
 constexpr size_t RELOAD = 12;
+constexpr size_t TURNED = 128;                // columns dealt out together: no two cores write to neighbouring lines
 constexpr size_t TOKENS = FLOAT_TOKENS;       // turned at once, for the second-level cache
 constexpr size_t COLUMNS = FLOAT_MOST_BLOCK;  // of a row, copied to where no two rows share a line of the first-level cache
 constexpr size_t FEW = 32768;                 // numbers
@@ -33,11 +34,11 @@ struct Turned {
   }
   float* strip(size_t number) const { return at + number * STRIP * columns; }
 
-  // Fills 16 lanes from `token` on; those behind the last token with nothing.
-  void fill(const float* x, size_t token) const {
+  // Fills columns [begin, end) of 16 lanes from `token` on; those behind the last token with nothing.
+  void fill(const float* x, size_t token, size_t begin, size_t end) const {
     const size_t width = lanes(token / STRIP);
     float* to = strip(token / STRIP) + token % STRIP;
-    for (size_t column = 0; column < columns; column += LANES) {
+    for (size_t column = begin; column < end; column += LANES) {
       __m512i words[LANES];
       for (size_t t = 0; t < LANES; ++t)
         words[t] = token + t < tokens
@@ -192,8 +193,8 @@ void multiply_floats(const Product& p, const u8* weights, size_t rows, u8* scrat
     // Other threads would take longer to begin than this takes with few tokens.
     const unsigned fillers = x.tokens * x.columns < FEW ? 1 : threads;
     if (!turned || p.tokens > TOKENS)
-      over_tiles(0, x.tokens, LANES, fillers, [&](size_t from, size_t, size_t) -> Result {
-        x.fill(floats(p.x) + token * p.columns, from);
+      over_tiles(0, p.columns, TURNED, fillers, [&](size_t from, size_t to, size_t) -> Result {
+        for (size_t t = 0; t < x.tokens; t += LANES) x.fill(floats(p.x) + token * p.columns, t, from, to);
         return {Fault::NONE, 0};
       });
     over_tiles(0, rows, float_tile_rows(rows, threads), threads, [&](size_t from, size_t to, size_t next) -> Result {
