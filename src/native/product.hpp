@@ -58,7 +58,7 @@ struct Product {
   u8* y;
   size_t y_stride;
   size_t part = 0;  // of float32 alone: columns that are summed by themselves, before they are added to those before
-  bool by_tiles = false;  // of bf16 alone: 32 columns at a time, by the matrix unit; 16 tokens at most
+  bool by_tiles = false;  // of bf16 alone: 32 columns at a time, by the matrix unit
 };
 
 inline constexpr size_t MOST_TOKENS = 8;  // with the same rows at once; more of them take turns

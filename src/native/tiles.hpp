@@ -93,13 +93,18 @@ inline void settle(const void* at) { asm volatile("" : : "r"(at) : "memory"); }
 // are other threads' or functions' business: what oneDNN had in the tiles was used before it returned.
 class MatrixUnit {
  public:
+  static constexpr size_t MOST_TOKENS = 5 * 16;  // tiles 0 to 4 hold sums; X and LAST tokens, 16 or what is left; then weights
+  enum Tile { X = 5, LAST, WEIGHTS };
+
   explicit MatrixUnit(size_t tokens) {
     _tile_storeconfig(before_);
     settle(before_);
     Config config{};
     config.palette = 1;
-    config.rows[SUMS] = config.rows[X] = u8(tokens), config.rows[WEIGHTS] = GROUP_ROWS;
-    for (const int tile : {SUMS, X, WEIGHTS}) config.row_bytes[tile] = 64;
+    for (size_t tile = 0; tile < X; ++tile) config.rows[tile] = u8(std::min<size_t>(16, tokens - std::min(tokens, 16 * tile)));
+    config.rows[X] = 16, config.rows[LAST] = u8(tokens % 16), config.rows[WEIGHTS] = GROUP_ROWS;
+    for (size_t tile = 0; tile < 8; ++tile)
+      if (config.rows[tile]) config.row_bytes[tile] = 64;
     settle(&config);
     _tile_loadconfig(&config);
   }
@@ -108,8 +113,6 @@ class MatrixUnit {
     _tile_loadconfig(before_);
   }
   MatrixUnit(const MatrixUnit&) = delete;
-
-  static constexpr int SUMS = 0, X = 1, WEIGHTS = 2;
 
  private:
   struct alignas(64) Config {
@@ -121,25 +124,34 @@ class MatrixUnit {
   alignas(64) u8 before_[64];
 };
 
-// The same by the matrix unit, which takes 32 columns at once and has an order of its own for them.
+// The same by the matrix unit, which takes 32 columns at once and has an order of its own for them. Its instructions want
+// their tiles' numbers written out.
 class TileSums {
  public:
-  TileSums(const Product& p, size_t token) : x_(p.x + token * p.columns * 2), stride_(p.columns * 2), tokens_(p.tokens - token) {
+  TileSums(const Product& p, size_t token)
+      : x_(p.x + token * p.columns * 2), stride_(p.columns * 2),
+        tokens_(std::min(MatrixUnit::MOST_TOKENS, p.tokens - token)), unit_(tokens_) {
     clear();
   }
   size_t tokens() const { return tokens_; }
-  void clear() { _tile_zero(0); }
+  void clear() {
+    _tile_zero(0);
+    if (tokens_ > 16) _tile_zero(1);
+    if (tokens_ > 32) _tile_zero(2);
+    if (tokens_ > 48) _tile_zero(3);
+    if (tokens_ > 64) _tile_zero(4);
+  }
   void add(__m512i pair, size_t offset) {
     _mm512_store_si512(weights_[offset / 4 % GROUP_ROWS], pair);
-    if (offset / 4 % GROUP_ROWS != GROUP_ROWS - 1) return;
-    settle(weights_);
-    _tile_loadd(1, x_ + offset - 60, stride_);
-    _tile_loadd(2, weights_, 64);
-    _tile_dpbf16ps(0, 1, 2);
+    if (offset / 4 % GROUP_ROWS == GROUP_ROWS - 1) multiply(x_ + offset - 60);
   }
   void add_up(bool is_first) {
-    alignas(64) float sums[16][16];
+    alignas(64) float sums[MatrixUnit::MOST_TOKENS][16];
     _tile_stored(0, sums, 64);
+    if (tokens_ > 16) _tile_stored(1, sums[16], 64);
+    if (tokens_ > 32) _tile_stored(2, sums[32], 64);
+    if (tokens_ > 48) _tile_stored(3, sums[48], 64);
+    if (tokens_ > 64) _tile_stored(4, sums[64], 64);
     for (size_t t = 0; t < tokens_; ++t) {
       const __m512 sum = _mm512_load_ps(sums[t]);
       _mm512_store_ps(totals_[t], is_first ? sum : _mm512_add_ps(_mm512_load_ps(totals_[t]), sum));
@@ -149,19 +161,44 @@ class TileSums {
   __m512 total(size_t t) const { return _mm512_load_ps(totals_[t]); }
 
  private:
+  // The weights with 32 columns of the tokens, which begin at `x`.
+  void multiply(const u8* x) {
+    settle(weights_);
+    _tile_loadd(7, weights_, 64);
+    const size_t next = 16 * stride_;
+    size_t left = tokens_;
+#define HERMES_ADD(SUMS)              \
+  if (left >= 16) {                   \
+    _tile_loadd(5, x, stride_);       \
+    _tile_dpbf16ps(SUMS, 5, 7);       \
+    x += next, left -= 16;            \
+  } else {                            \
+    if (left) {                       \
+      _tile_loadd(6, x, stride_);     \
+      _tile_dpbf16ps(SUMS, 6, 7);     \
+    }                                 \
+    return;                           \
+  }
+    HERMES_ADD(0) HERMES_ADD(1) HERMES_ADD(2) HERMES_ADD(3) HERMES_ADD(4)
+#undef HERMES_ADD
+  }
+
   const u8* x_;
   size_t stride_, tokens_;
+  MatrixUnit unit_;
   alignas(64) u8 weights_[GROUP_ROWS][64];
-  alignas(64) float totals_[16][16];
+  alignas(64) float totals_[MatrixUnit::MOST_TOKENS][16];
 };
 
-// `work(sums, first)` for some tokens at a time, with sums of them; in the tiles' order all at once.
+// `work(sums, first)` for some tokens at a time, with sums of them.
 template <class Work>
 void by_tokens(const Product& p, Work work) {
   if (p.by_tiles) {
-    MatrixUnit unit(p.tokens);
-    TileSums sums(p, 0);
-    return work(sums, 0);
+    for (size_t first = 0; first < p.tokens; first += MatrixUnit::MOST_TOKENS) {
+      TileSums sums(p, first);
+      work(sums, first);
+    }
+    return;
   }
   const auto with = [&](auto tokens, size_t first) {
     PairSums<tokens> sums(p, first);

@@ -31,6 +31,9 @@ __all__ = [
 
 MOST_TOKENS = 16
 """Of bf16; above, torch's own product and the unpacking before it are faster."""
+MOST_TILE_TOKENS = 256
+"""The same where there is a matrix unit. The native product takes twice torch's time then, and as long as it would take
+to put a matrix together that came in ranges."""
 FLOAT_TOKENS = range(4, 513)
 """Of float32; 2 or 3 are summed in an order of their own, and above, MKL is as fast but for a few per cent, which
 trying takes again where batches are of ever other sizes."""
@@ -61,7 +64,8 @@ def order_of_sums(
     if dtype == torch.float32:
         fits = tokens in FLOAT_TOKENS and columns > 0
     else:
-        fits = 0 < tokens <= MOST_TOKENS and not columns % COLUMNS
+        most = MOST_TILE_TOKENS if can_multiply_tiles() else MOST_TOKENS
+        fits = 0 < tokens <= most and not columns % COLUMNS
     if not fits or not can_multiply(dtype):
         return None
     if dtype == torch.bfloat16 and not can_multiply_tiles():
@@ -78,7 +82,7 @@ def _try_order(dtype: torch.dtype, tokens: int, rows: int, columns: int, has_bia
     expected = functional.linear(x, weight, bias)[:, index]
     tried, bias = weight[index], None if bias is None else bias[index]
     few = slice(None, GROUP_ROWS)
-    for sums in _float_sums(columns, threads) if dtype == torch.float32 else _half_sums(columns, threads):
+    for sums in _float_sums(columns, threads) if dtype == torch.float32 else _half_sums(tokens, columns, threads):
         if all(_have_same_bits(multiply(x[some], tried, bias, sums), expected[some]) for some in (few, slice(None))):
             return sums
     return None
@@ -88,12 +92,13 @@ def _float_sums(columns: int, threads: int) -> list[Sums]:
     return [Sums(block, part) for part in _shares(columns, threads, 1) for block in FLOAT_BLOCKS]
 
 
-def _half_sums(columns: int, threads: int) -> list[Sums]:
+def _half_sums(tokens: int, columns: int, threads: int) -> list[Sums]:
     pairs = [Sums(block, columns) for block in (*BLOCKS, columns)]
     if not can_multiply_tiles():
         return pairs
-    blocks = dict.fromkeys((*_shares(columns, threads, COLUMNS), *BLOCKS))
-    return [*(Sums(block, columns, by_tiles=True) for block in blocks), *pairs]
+    # From 33 tokens on oneDNN seems to have any block, by all that is known of a product's shape.
+    blocks = dict.fromkeys((*_shares(columns, threads, COLUMNS), *BLOCKS, *range(COLUMNS, columns, COLUMNS)))
+    return [*(Sums(block, columns, by_tiles=True) for block in blocks), *(pairs if tokens <= MOST_TOKENS else ())]
 
 
 def _shares(columns: int, threads: int, step: int) -> list[int]:

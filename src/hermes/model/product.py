@@ -62,8 +62,12 @@ TILE_BYTES = 4 * 2**20
 FASTER_TOKENS = {192: 512}
 """Of float32, by the block of torch's sums: up to so many tokens the native product is faster than MKL's."""
 FASTER_TOKENS_ELSE = 160
+FASTER_HALVES = 32
+"""The same of bf16, whose whole matrices have no more: a matrix unit's later tokens torch gives better to its cores."""
+MOST_PACKED_TOKENS = 80
+"""For so many rows are unpacked once; for more of them torch's product with what is unpacked is faster."""
 PACKED_COLUMNS = 64
-"""The native product takes packed rows of multiples of this: none begins within a block of the codec's."""
+"""The native product takes packed rows, and sums, of multiples of this: none begins within a block of the codec's."""
 
 _FLOATS: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 """Its precision of "tf32" or "bf16" allows torch to round floats before it multiplies them."""
@@ -123,7 +127,7 @@ class PackedRows:
         if not self._matrix:
             raise RuntimeError(f"{self._run.where} is not in memory")
         sums = _sums_for(x, torch.bfloat16, (self._whole_rows, self._shape[1]), bias)
-        if sums is None:
+        if sums is None or not _stays_packed(sums, x.numel() // self._shape[1]):
             return self._unpack_and_multiply(x, bias)
         x = x.contiguous()
         what, output = operands(x, self._shape[0], bias, sums)
@@ -177,9 +181,8 @@ def linear(
         if order is not None:
             return multiply_token(x, weight, bias, order)
     sums = _sums_for(x, weight.dtype, (rows if whole_rows is None else whole_rows, columns), bias)
-    if sums is not None:
-        most = math.inf if whole_rows is not None else _faster_tokens(sums)
-        if not rows % GROUP_ROWS if weight.dtype == torch.bfloat16 else x.numel() <= most * columns:
+    if sums is not None and (whole_rows is not None or x.numel() <= _faster_tokens(weight.dtype, sums) * columns):
+        if weight.dtype == torch.float32 or not rows % GROUP_ROWS:
             return multiply(x, weight, bias, sums)
     return functional.linear(x, weight, bias)
 
@@ -203,11 +206,17 @@ def try_order(layer: nn.Linear, tokens: int) -> None:
 
 def packed_step(shape: tuple[int, int], tokens: int, has_bias: bool, whole_rows: int) -> int:
     """Rows of packed ones that are unpacked at a time: all of them, if fewer round otherwise; 0 if none are."""
-    rows, columns = shape
-    if order_of_sums(torch.bfloat16, tokens, whole_rows, columns, has_bias, torch.get_num_threads()) is not None:
+    (rows, columns), threads = shape, torch.get_num_threads()
+    sums = order_of_sums(torch.bfloat16, tokens, whole_rows, columns, has_bias, threads)
+    if sums is not None and _stays_packed(sums, tokens):
         return 0
     step = row_step(shape, 2 * rows * columns, TILE_BYTES, MATRIX_ROWS)
-    return min(step, rows) if knows_rows(torch.bfloat16, tokens, (whole_rows, columns), step, has_bias) else rows
+    return min(step, rows) if rounds_in_ranges(tokens, whole_rows, columns, step, has_bias, threads) else rows
+
+
+def _stays_packed(sums: Sums, tokens: int) -> bool:
+    """Whether packed rows are multiplied as they are."""
+    return tokens <= MOST_PACKED_TOKENS and not sums.block % PACKED_COLUMNS
 
 
 def knows_rows(dtype: torch.dtype, tokens: int, shape: tuple[int, int], step: int, has_bias: bool) -> bool:
@@ -228,11 +237,11 @@ def knows_rows(dtype: torch.dtype, tokens: int, shape: tuple[int, int], step: in
 def slows_ranges(dtype: torch.dtype, tokens: int, shape: tuple[int, int], has_bias: bool) -> bool:
     """Whether torch's product with a matrix is faster than the native ones with its ranges of rows."""
     sums = order_of_sums(dtype, tokens, *shape, has_bias, torch.get_num_threads()) if dtype == torch.float32 else None
-    return sums is not None and tokens > _faster_tokens(sums)
+    return sums is not None and tokens > _faster_tokens(dtype, sums)
 
 
-def _faster_tokens(sums: Sums) -> int:
-    return FASTER_TOKENS.get(sums.block, FASTER_TOKENS_ELSE)
+def _faster_tokens(dtype: torch.dtype, sums: Sums) -> int:
+    return FASTER_HALVES if dtype == torch.bfloat16 else FASTER_TOKENS.get(sums.block, FASTER_TOKENS_ELSE)
 
 
 def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
