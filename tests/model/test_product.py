@@ -38,7 +38,9 @@ multiplies_floats = pytest.mark.skipif(
 BF16 = torch.bfloat16
 
 
-def packed_rows(weight: torch.Tensor, begin: int = 0, end: int | None = None, *, stays: bool = False) -> PackedRows:
+def packed_rows(
+    weight: torch.Tensor, begin: int = 0, end: int | None = None, *, stays: bool = False, whole_rows: int | None = None
+) -> PackedRows:
     """These rows of a matrix, bound to the chunks of it that hold them, as they stream or as they stay in memory."""
     rows, columns = weight.shape
     end = rows if end is None else end
@@ -50,7 +52,7 @@ def packed_rows(weight: torch.Tensor, begin: int = 0, end: int | None = None, *,
     places = np.cumsum([0, *map(len, chunks)], dtype=np.int64)
     tensor = PackedTensor(name="w", path=None, item_bytes=2, begin=0, nbytes=len(content), places=places)  # type: ignore[arg-type]
     run: ChunkRun = PackedFile(tensors=[tensor]).run(2 * begin * columns, 2 * (end - begin) * columns)
-    found = PackedRows(run, 0, (end - begin, columns))
+    found = PackedRows(run, 0, (end - begin, columns), whole_rows)
     whole = b"".join(chunks)
     content = memoryview(bytearray(b"." + whole[run.offset : run.offset + run.nbytes]))
     finish(run, (end - begin, columns), content[1:], stays)
@@ -108,6 +110,18 @@ def test_ranges_of_rows_that_round_like_the_whole_matrix(
                 product.multiply_range(ranges, begin, part, given, shape[0])
             is_known = product.knows_rows(dtype, tokens, shape, rows, bias is not None)
             assert same(ranges.output, expected) or not is_known
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40, 64, 81, 200, 256, 300])
+@pytest.mark.parametrize("shape", [(768, 1024), (1024, 1088)])
+def test_packed_ranges_round_like_the_whole_matrix(shape: tuple[int, int], tokens: int) -> None:
+    weight, x = weights(*shape), torch.randn(tokens, shape[1]).bfloat16()
+    ranges = product.Ranges(x, shape[0])
+    for begin in range(0, shape[0], MATRIX_ROWS):
+        part = packed_rows(weight, begin, begin + MATRIX_ROWS, whole_rows=shape[0])
+        part.multiply_range(ranges, begin, None)
+    is_known = product.knows_rows(BF16, tokens, shape, MATRIX_ROWS, False)
+    assert same(ranges.output, functional.linear(x, weight)) or not is_known
 
 
 @multiplies

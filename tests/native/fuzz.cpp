@@ -78,7 +78,8 @@ void multiply_packed(const std::vector<u8>& chunks, const std::vector<i64>& plac
   const Exact source(chunks), x(tokens * columns * 2), y(tokens * rows * 2);
   for (size_t i = 0; i < x.size; ++i) x.bytes[i] = u8(i * 37 % 64);  // small numbers and none that are none
   const Matrix m{source.bytes.get(), source.size, places.data(), places.size(), 5, skip, rows, columns};
-  const Product p{x.bytes.get(), tokens, columns, nullptr, 64 * (1 + tokens % 3), y.bytes.get(), rows};
+  const Product p{x.bytes.get(), tokens, columns, nullptr, 64 * (1 + tokens % 3), y.bytes.get(), rows, 0,
+                  can_multiply_tiles() && tokens % 4 != 1};
   const Result result = multiply(p, m, 1 + tokens % 2);
   const size_t padded = (rows + GROUP_ROWS - 1) / GROUP_ROWS * GROUP_ROWS;
   const Exact weights(padded * columns * 2), expected(tokens * padded * 2);
@@ -123,7 +124,7 @@ void one_matrix(const u8* data, size_t size) {
   if (!at) return;
   if (data[2] % 2) chunks[load<u32>(data + 4) % at] ^= data[3];  // which no checksum is asked about
   const size_t skip = 64 * (data[3] % 4) % elements;
-  multiply_packed(chunks, places, skip, (elements - skip) / columns, columns, 1 + data[6] % 10);
+  multiply_packed(chunks, places, skip, (elements - skip) / columns, columns, 1 + data[6] % 100);
 }
 
 // float32 in exactly as large buffers as they may be, with what one column after the other gives.

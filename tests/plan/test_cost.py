@@ -43,7 +43,7 @@ def test_unpacking_can_be_what_all_wait_for(make_problem):
 def test_unpacking_takes_cores_from_the_computation_unless_that_was_measured_so(make_problem):
     problem = packed(make_problem([([100], 4.0, 4.0)] * 3, num_cores=2), 1.0)
     # 1.5 s until the first block is there, and 0.5 s for each load beside 12 s of computing: two are of the next pass.
-    assert run(problem).first_pass_seconds == pytest.approx(1.5 + 12.0 + 5 * 0.5)
+    assert run(problem).first_pass_seconds == pytest.approx(1.5 + 12.0 + 4 * 0.5)
     measured = replace(problem, unpacking_slows_compute=False)
     assert run(measured).first_pass_seconds == pytest.approx(1.5 + 12.0)
 

@@ -65,7 +65,7 @@ def can_multiply_tiles() -> bool:
 
 
 class Ranges:
-    """One input's products with ranges of a float32 matrix's rows: they share the output, and the tokens turned around.
+    """One input's products with ranges of a matrix's rows: they share the output and, of float32, the turned tokens.
 
     Attributes:
         x: the tokens, contiguous.
@@ -78,7 +78,7 @@ class Ranges:
         self._turned: torch.Tensor | None = None
 
     def multiply(self, begin: int, weight: torch.Tensor, bias: torch.Tensor | None, sums: Sums) -> None:
-        """Those with the rows from `begin` on, whose bias this is."""
+        """Those with rows of float32 from `begin` on, whose bias this is."""
         tokens, is_turned = math.prod(self.x.shape[:-1]), self._turned is not None
         if self._turned is None:
             self._turned = torch.empty(native().float_scratch_bytes(tokens, self.x.shape[-1]), dtype=torch.uint8)

@@ -2,10 +2,11 @@
 
 The native module multiplies (`kernels`) where it is faster and sums in torch's order (`orders`): few tokens of bf16 and
 one of float32, where memory is the limit, and from 4 to 512 of float32, where MKL spends up to a third of its time on
-moving weights about. Everything else torch does.
+moving weights about; and where a matrix comes in ranges of rows, which torch would sum otherwise. Everything else torch
+does.
 
 Packed rows are of bf16. They are unpacked into a core's own cache, so that memory is read once, at 11 bits a weight;
-for many tokens, a few rows at a time for torch.
+for many tokens, a few rows at a time.
 """
 
 import math
@@ -58,14 +59,14 @@ __all__ = [
 ]
 
 TILE_BYTES = 4 * 2**20
-"""Unpacked at a time for torch, where so few rows round like the whole matrix."""
+"""Unpacked at a time where they are not multiplied as they are, if so few rows round like the whole matrix."""
 FASTER_TOKENS = {192: 512}
 """Of float32, by the block of torch's sums: up to so many tokens the native product is faster than MKL's."""
 FASTER_TOKENS_ELSE = 160
 FASTER_HALVES = 32
-"""The same of bf16, whose whole matrices have no more: a matrix unit's later tokens torch gives better to its cores."""
+"""The same of bf16."""
 MOST_PACKED_TOKENS = 80
-"""For so many rows are unpacked once; for more of them torch's product with what is unpacked is faster."""
+"""The matrix unit takes so many at once: rows are unpacked once for them."""
 PACKED_COLUMNS = 64
 """The native product takes packed rows, and sums, of multiples of this: none begins within a block of the codec's."""
 
@@ -159,7 +160,7 @@ class PackedRows:
             end = min(begin + step, rows)
             self._unpack(begin, end, tile)
             part = None if bias is None else bias[begin:end]
-            output[..., begin:end] = functional.linear(x, tile[: end - begin], part)
+            output[..., begin:end] = linear(x, tile[: end - begin], part, self._whole_rows)
         return output
 
 
@@ -206,12 +207,12 @@ def try_order(layer: nn.Linear, tokens: int) -> None:
 
 def packed_step(shape: tuple[int, int], tokens: int, has_bias: bool, whole_rows: int) -> int:
     """Rows of packed ones that are unpacked at a time: all of them, if fewer round otherwise; 0 if none are."""
-    (rows, columns), threads = shape, torch.get_num_threads()
-    sums = order_of_sums(torch.bfloat16, tokens, whole_rows, columns, has_bias, threads)
+    rows, columns = shape
+    sums = order_of_sums(torch.bfloat16, tokens, whole_rows, columns, has_bias, torch.get_num_threads())
     if sums is not None and _stays_packed(sums, tokens):
         return 0
     step = row_step(shape, 2 * rows * columns, TILE_BYTES, MATRIX_ROWS)
-    return min(step, rows) if rounds_in_ranges(tokens, whole_rows, columns, step, has_bias, threads) else rows
+    return min(step, rows) if knows_rows(torch.bfloat16, tokens, (whole_rows, columns), step, has_bias) else rows
 
 
 def _stays_packed(sums: Sums, tokens: int) -> bool:

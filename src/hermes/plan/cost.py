@@ -114,7 +114,7 @@ def simulate(
         [seconds / problem.num_cores for unit in block for seconds in _unpack_seconds(units[unit])] for block in blocks
     ]
     pipeline = Pipeline(slots, resident, ring_bytes, ahead=ahead)
-    disk: deque[tuple[float, Fetch]] = deque()  # (end, order), in order
+    disk: deque[tuple[float, Fetch, float]] = deque()  # (end, order, its part of `faulting`), in order
     disk_free = cores_free = now = 0.0
     touched_bytes = 0  # of the ring; the resident store is touched load by load, each once
     taken_bytes = 0  # of both
@@ -140,19 +140,23 @@ def simulate(
                         new_bytes += read_bytes
                     touching = touch_seconds(problem.touch_seconds_per_byte, taken_bytes, new_bytes)
                     taken_bytes += new_bytes
-                    faulting += touching
                     if read_bytes:
                         ready = disk_free = max(disk_free, time) + read_bytes / bytes_per_second + touching
                     unpacking = unpacks[block][load]
                     cores_free = max(cores_free, ready) + unpacking
-                    faulting += unpacking if problem.unpacking_slows_compute or not read_bytes else 0.0
-                    disk.append((cores_free, order))
+                    slows = problem.unpacking_slows_compute or not read_bytes
+                    busy = touching + (unpacking if slows else 0.0)
+                    faulting += busy
+                    disk.append((cores_free, order, busy))
                 case Compute():
                     granted = True
 
-    def settle(until: float) -> None:
+    def settle(until: float, *, waiting: bool) -> None:
+        nonlocal faulting
         while disk and disk[0][0] <= until:
-            end, order = disk.popleft()
+            end, order, busy = disk.popleft()
+            if waiting:  # nothing was computed that this could slow
+                faulting = max(0.0, faulting - busy)
             carry_out(pipeline.on(LoadFetched(order.visit)), end)
 
     carry_out(pipeline.start(), 0.0)
@@ -163,10 +167,10 @@ def simulate(
             carry_out(pipeline.on(BlockWanted(block)), now)
             while not granted:
                 now = max(now, disk[0][0])
-                settle(now)
+                settle(now, waiting=True)
             now += seconds + min(faulting, seconds)
             faulting -= min(faulting, seconds)
-            settle(now)
+            settle(now, waiting=False)
         carry_out(pipeline.on(BlockDone()), now)
         ends.append(now)
     steady = ends[-1] - ends[-2] if len(ends) > 1 else ends[0]
