@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +44,7 @@ MEASURED_AGENTS = (1, 2, 4)
 SHORTER = 8
 """A text encoder is also measured on sequences shorter by this factor."""
 ROUNDS = 5
-"""The first is cold. Of four, one that something interrupted does not count; of two it was half of the unit's time."""
+"""The first is cold. Of four, one that something interrupted does not count; of two it was half of a unit's time."""
 QUIET_ROUNDS = 2
 WINDOW_UNITS = 4
 UNBOUNDED = 2**62
@@ -102,10 +102,7 @@ def measure_profile(prepared: Prepared) -> Profile:
             )
             if stall > seconds / 2  # the disk alone decided
         ]
-    computed = {
-        tokens: [statistics.median(column) for column in zip(*samples[1:], strict=True)]  # the first is cold
-        for tokens, samples in computes.items()
-    }
+    computed = {tokens: _typical(samples[1:]) for tokens, samples in computes.items()}  # the first is cold
     quiet = tuple(
         (tokens, min(1.0, max(alone[tokens], 1e-9) / max(sum(seconds), 1e-9)))
         for tokens, seconds in sorted(computed.items())
@@ -188,7 +185,7 @@ def measure_calls(
                 call(prepared.module)
                 alone.append(sum(_by_unit(session, num_units)[1]))
     tokens = prepared.workload.batch_size * prepared.workload.sequence_length
-    seconds = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
+    seconds = _typical(rows[1:])
     quiet = min(1.0, max(min(alone), 1e-9) / max(sum(seconds), 1e-9)) if alone else 1.0
     units = tuple(
         replace(unit, compute=ComputeRecord(samples=((tokens, cost),)))
@@ -202,6 +199,16 @@ def measure_calls(
         measured=True,
         delays=fit_delays(block_samples(units, tokens)),
     )
+
+
+def _typical(passes: Sequence[Sequence[float]]) -> list[float]:
+    """Seconds of each unit: their medians, scaled to the median of whole passes.
+
+    Something is interrupted in every pass, though not the same unit each time: medians alone would add up to less.
+    """
+    medians = [statistics.median(column) for column in zip(*passes, strict=True)]
+    whole = statistics.median(sum(seconds) for seconds in passes)
+    return [seconds * whole / max(sum(medians), 1e-9) for seconds in medians]
 
 
 def _measured_passes(prepared: Prepared, session: Session) -> Iterator[tuple[int, list[float], list[float]]]:
