@@ -102,7 +102,7 @@ def measure_profile(prepared: Prepared) -> Profile:
             )
             if stall > seconds / 2  # the disk alone decided
         ]
-    computed = {tokens: _typical(samples[1:]) for tokens, samples in computes.items()}  # the first is cold
+    computed = {tokens: typical_seconds(samples[1:]) for tokens, samples in computes.items()}  # the first is cold
     quiet = tuple(
         (tokens, min(1.0, max(alone[tokens], 1e-9) / max(sum(seconds), 1e-9)))
         for tokens, seconds in sorted(computed.items())
@@ -185,7 +185,7 @@ def measure_calls(
                 call(prepared.module)
                 alone.append(sum(_by_unit(session, num_units)[1]))
     tokens = prepared.workload.batch_size * prepared.workload.sequence_length
-    seconds = _typical(rows[1:])
+    seconds = typical_seconds(rows[1:])
     quiet = min(1.0, max(min(alone), 1e-9) / max(sum(seconds), 1e-9)) if alone else 1.0
     units = tuple(
         replace(unit, compute=ComputeRecord(samples=((tokens, cost),)))
@@ -201,7 +201,7 @@ def measure_calls(
     )
 
 
-def _typical(passes: Sequence[Sequence[float]]) -> list[float]:
+def typical_seconds(passes: Sequence[Sequence[float]]) -> list[float]:
     """Seconds of each unit: their medians, scaled to the median of whole passes.
 
     Something is interrupted in every pass, though not the same unit each time: medians alone would add up to less.
