@@ -163,6 +163,7 @@ class TileSums {
  private:
   // The weights with 32 columns of the tokens, which begin at `x`.
   void multiply(const u8* x) {
+    static_assert(MatrixUnit::X == 5 && MatrixUnit::LAST == 6 && MatrixUnit::WEIGHTS == 7);
     settle(weights_);
     _tile_loadd(7, weights_, 64);
     const size_t next = 16 * stride_;

@@ -96,7 +96,7 @@ def _half_sums(tokens: int, columns: int, threads: int) -> list[Sums]:
     pairs = [Sums(block, columns) for block in (*BLOCKS, columns)]
     if not can_multiply_tiles():
         return pairs
-    # From 33 tokens on oneDNN seems to have any block, by all that is known of a product's shape.
+    # From 33 tokens on oneDNN has any multiple, by all of a product's shape.
     blocks = dict.fromkeys((*_shares(columns, threads, COLUMNS), *BLOCKS, *range(COLUMNS, columns, COLUMNS)))
     return [*(Sums(block, columns, by_tiles=True) for block in blocks), *(pairs if tokens <= MOST_TOKENS else ())]
 
