@@ -181,6 +181,8 @@ def linear(
         order = order_of_token(even, columns, bias is not None, first_in_quad(weight))
         if order is not None:
             return multiply_token(x, weight, bias, order)
+    if whole_rows is None and _is_torchs(weight.dtype, math.prod(x.shape[:-1])):
+        return functional.linear(x, weight, bias)
     sums = _sums_for(x, weight.dtype, (rows if whole_rows is None else whole_rows, columns), bias)
     if sums is not None and (whole_rows is not None or x.numel() <= _faster_tokens(weight.dtype, sums) * columns):
         if weight.dtype == torch.float32 or not rows % GROUP_ROWS:
@@ -200,9 +202,16 @@ def multiply_range(
 
 
 def try_order(layer: nn.Linear, tokens: int) -> None:
-    """Find out now what `linear` would at its first use with so many tokens of this layer."""
+    """Find out now what `linear` would at its first use with so many tokens of this layer, whole."""
+    if _is_torchs(layer.weight.dtype, tokens):
+        return
     shape = (layer.weight.shape[0], layer.weight.shape[1])
     order_of_sums(layer.weight.dtype, tokens, *shape, layer.bias is not None, torch.get_num_threads())
+
+
+def _is_torchs(dtype: torch.dtype, tokens: int) -> bool:
+    """Whether torch is faster with a whole matrix whatever the order of its sums, which need not be tried then."""
+    return dtype == torch.bfloat16 and tokens > FASTER_HALVES
 
 
 def packed_step(shape: tuple[int, int], tokens: int, has_bias: bool, whole_rows: int) -> int:
