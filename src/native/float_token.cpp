@@ -132,17 +132,20 @@ inline __m512 plus_rows(__m512 total, const __m512 (&x)[R], const __m512 (&rows)
   return total;
 }
 
-// Adds R rows from `row` on to the totals of a span, and fetches as many behind them.
+// Adds R rows from `row` on to the totals of a span. One row after the other it fetches as many behind them; processors
+// whose MKL takes eight at a time are up to a fifth faster if that is left to them.
 template <int R, bool BY_EIGHT>
 inline void add_rows(const float* x, const float* row, size_t columns, const Span& span, float* totals) {
   __m512 tokens[R];
   for (int r = 0; r < R; ++r) tokens[r] = _mm512_set1_ps(x[r]);
-  size_t ahead = span.begin, rows_ahead = R;  // line after line, as memory likes it
+  [[maybe_unused]] size_t ahead = span.begin, rows_ahead = R;  // line after line, as memory likes it
   for (size_t column = span.begin; column < span.end; column += 16) {
+    if constexpr (!BY_EIGHT) {
 #pragma GCC unroll 16
-    for (int line = 0; line < R; ++line)
-      _mm_prefetch(reinterpret_cast<const char*>(row + rows_ahead * columns + ahead + 16 * line), _MM_HINT_T1);
-    if ((ahead += 16 * R) >= span.end) ahead = span.begin, ++rows_ahead;
+      for (int line = 0; line < R; ++line)
+        _mm_prefetch(reinterpret_cast<const char*>(row + rows_ahead * columns + ahead + 16 * line), _MM_HINT_T1);
+      if ((ahead += 16 * R) >= span.end) ahead = span.begin, ++rows_ahead;
+    }
     const __mmask16 mask = span.mask(column);
     __m512 rows[R];
 #pragma GCC unroll 16

@@ -88,6 +88,14 @@ def test_more_rows_than_are_kept(table: Table) -> None:
     assert table.read == [2, 20, 2]
 
 
+def test_a_table_that_may_be_kept_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(tmp_path / "table.safetensors", num_rows=50, kept_rows=50, patch=monkeypatch)
+    with table.module:
+        for rows in ((7,), (8, 3), (49, 0, 49)):
+            table.check(*rows)
+    assert table.read == [50]
+
+
 def test_rows_that_are_none(table: Table) -> None:
     assert table.module(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 24)
     for rows in ((0, 1000), (-1, 5)):

@@ -52,3 +52,19 @@ def test_a_pass_wants_nothing_and_gives_up_what_it_must(checkpoint, monkeypatch)
         monkeypatch.undo()
         for _ in range(2):
             assert torch.equal(model(ids).last_hidden_state, expected)
+
+
+def test_tokens_of_a_model_that_is_all_in_memory_read_nothing(tmp_path):
+    torch.manual_seed(0)
+    hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_embd=256, n_layer=2, n_head=4, vocab_size=24000, bos_token_id=0, eos_token_id=0)
+    ).save_pretrained(tmp_path)
+    expected = hf.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    with hermes.load(tmp_path, budget=resident_bytes() + 400 * 2**20) as model, torch.inference_mode():
+        partition, stats = model.hermes.prepared.partition, model.hermes.engine.stats
+        assert partition.rowwise
+        assert partition.heads  # tied to one of them
+        for ids in (torch.arange(5)[None], torch.tensor([[7, 23999, 7, 11000, 13, 12999]])):
+            read_before = stats.bytes_read
+            assert torch.equal(model(ids).logits, expected(ids).logits)
+        assert stats.bytes_read == read_before

@@ -5,6 +5,7 @@ cut by rows get a forward of their own; everything else keeps its own, wrapped. 
 leaves its fast path, and its bits, when it sees a hook.
 """
 
+import bisect
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -115,12 +116,17 @@ class Binding:
                 self._replace(inner, self._turned_forward(inner, block))
             elif unit.rows is None:
                 self._replace(inner, self._unit_forward(inner, block))
-        for name in partition.rowwise:
-            embedding = cast(nn.Embedding, modules[name])
-            self._replace(embedding, self._rowwise_forward(embedding, f"{name}.weight" if name else "weight"))
+        tied: dict[str, Callable[[Sequence[int], torch.Tensor], bool]] = {}
         for name, units in partition.heads.items():
             ranges = [(block_of_unit[unit], partition.units[unit].rows or (0, 0)) for unit in units]
             self._replace(modules[name], self._ranges_forward(modules[name], name, ranges, partition))
+            if all(isinstance(blocks[block].matrices[name], Bound) for block, _ in ranges):
+                tied[factory.canonical(_weight_of(name))] = functools.partial(self._copy_rows, name, ranges)
+        for name in partition.rowwise:
+            embedding, weight = cast(nn.Embedding, modules[name]), _weight_of(name)
+            copy = tied.get(factory.canonical(weight), lambda rows, wanted: False)
+            table = RowTable(embedding, weight, factory, source.fetch, copy)
+            self._replace(embedding, _lookup_in(table))
         for home in factory.homes:
             home.watch(self._adopt)
         self._replace(module, self._pass_forward(module))
@@ -208,7 +214,7 @@ class Binding:
 
     def _is_matrix(self, unit: Unit) -> bool:
         """Nothing waits for this unit but its module's weight."""
-        return unit.parameters == (self._factory.canonical(f"{unit.module}.weight" if unit.module else "weight"),)
+        return unit.parameters == (self._factory.canonical(_weight_of(unit.module)),)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         module.__dict__["forward"] = functools.wraps(module.forward)(forward)  # transformers reads its signature
@@ -311,13 +317,30 @@ class Binding:
 
         return forward
 
-    def _rowwise_forward(self, embedding: nn.Embedding, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        table = RowTable(embedding, name, self._factory, self._source.fetch)
+    def _copy_rows(self, name: str, ranges: _Ranges, rows: Sequence[int], wanted: torch.Tensor) -> bool:
+        """Of a head, for the embedding that shares its matrix, where all stays in memory: then no token reads."""
+        if not self._is_all_bound:
+            return False
+        done = 0
+        for block, (begin, end) in ranges:
+            upto = bisect.bisect_left(rows, end)
+            if upto > done:
+                self.enter(block)
+                live = cast(Bound, self._blocks[block].matrices[name]).live
+                torch.index_select(live, 0, torch.tensor(rows[done:upto]) - begin, out=wanted[done:upto])
+                done = upto
+        return True
 
-        def forward(input: torch.Tensor) -> torch.Tensor:
-            return table.embed(input)
 
-        return forward
+def _lookup_in(table: RowTable) -> _Forward:
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        return table.embed(input)
+
+    return forward
+
+
+def _weight_of(module: str) -> str:
+    return f"{module}.weight" if module else "weight"
 
 
 def _storage(arena: Arena) -> torch.UntypedStorage:

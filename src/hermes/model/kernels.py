@@ -89,6 +89,24 @@ class Ranges:
             scratch=self._turned.data_ptr(), turned=is_turned, threads=torch.get_num_threads(),
         )  # fmt: skip
 
+    def multiply_token(self, begin: int, weight: torch.Tensor, bias: torch.Tensor | None, order: TokenOrder) -> None:
+        """The same of one float32 token, in lanes; but what is left over of rows, behind some others, by torch."""
+        rows, columns = weight.shape
+        what = {
+            "x": self.x.data_ptr(),
+            "bias": 0 if bias is None else bias.data_ptr(),
+            "y": self.output.data_ptr() + begin * self.output.element_size(),
+            "threads": torch.get_num_threads(),
+        }
+        if order == "lanes":
+            native().multiply_float_lanes(weight.data_ptr(), rows, columns, **what)
+        else:
+            native().multiply_float_token(weight.data_ptr(), rows, columns, head=4 - first_in_quad(weight), **what)
+        if rest := rows % QUAD_ROWS:
+            last = slice(-rest - QUAD_ROWS, None)
+            product = functional.linear(self.x, weight[last], None if bias is None else bias[last])
+            self.output[..., begin + rows - rest : begin + rows] = product[..., -rest:]
+
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sums: Sums) -> torch.Tensor:
     """`x @ weight.T + bias`, summed in this order."""
@@ -118,24 +136,10 @@ def operands(x: torch.Tensor, rows: int, bias: torch.Tensor | None, sums: Sums) 
 
 
 def multiply_token(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, order: TokenOrder) -> torch.Tensor:
-    """The same of one float32 token, in lanes; but what is left over of rows, behind some others, by torch."""
-    rows, columns = weight.shape
-    x = x.contiguous()
-    output = x.new_empty(*x.shape[:-1], rows)
-    what = {
-        "x": x.data_ptr(),
-        "bias": 0 if bias is None else bias.data_ptr(),
-        "y": output.data_ptr(),
-        "threads": torch.get_num_threads(),
-    }
-    if order == "lanes":
-        native().multiply_float_lanes(weight.data_ptr(), rows, columns, **what)
-    else:
-        native().multiply_float_token(weight.data_ptr(), rows, columns, head=4 - first_in_quad(weight), **what)
-    if rest := rows % QUAD_ROWS:
-        last = slice(-rest - QUAD_ROWS, None)
-        output[..., -rest:] = functional.linear(x, weight[last], None if bias is None else bias[last])[..., -rest:]
-    return output
+    """`Ranges.multiply_token` of a whole matrix."""
+    ranges = Ranges(x, weight.shape[0])
+    ranges.multiply_token(0, weight, bias, order)
+    return ranges.output
 
 
 def multiply_turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, at_once: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from hermes.model.kernels import (
     QUAD_ROWS,
     Ranges,
     Sums,
+    TokenOrder,
     can_multiply,
     first_in_quad,
     multiply,
@@ -175,12 +176,8 @@ def linear(
     rows, columns = weight.shape
     if not weight.is_contiguous():
         return functional.linear(x, weight, bias)
-    threads = torch.get_num_threads()
-    if _is_one_float(x, weight.dtype, columns, bias) and (whole_rows is not None or not deals_out_rows(threads)):
-        even = rows if whole_rows is None else rows - rows % (QUAD_ROWS * threads)
-        order = order_of_token(even, columns, bias is not None, first_in_quad(weight))
-        if order is not None:
-            return multiply_token(x, weight, bias, order)
+    if (order := _order_for(x, weight, bias, whole_rows)) is not None:
+        return multiply_token(x, weight, bias, order)
     if whole_rows is None and _is_torchs(weight.dtype, math.prod(x.shape[:-1])):
         return functional.linear(x, weight, bias)
     sums = _sums_for(x, weight.dtype, (rows if whole_rows is None else whole_rows, columns), bias)
@@ -195,6 +192,8 @@ def multiply_range(
 ) -> None:
     """`linear` of the rows from `begin` on of a matrix, into their place in the output."""
     if weight.dtype == torch.float32 and weight.is_contiguous():
+        if (order := _order_for(ranges.x, weight, bias, whole_rows)) is not None:
+            return ranges.multiply_token(begin, weight, bias, order)
         sums = _sums_for(ranges.x, weight.dtype, (whole_rows, weight.shape[1]), bias)
         if sums is not None:
             return ranges.multiply(begin, weight, bias, sums)
@@ -257,8 +256,9 @@ def _faster_tokens(dtype: torch.dtype, sums: Sums) -> int:
 def turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`x @ weight + bias` as `torch.addmm` gives it: what transformers' Conv1D is; likewise."""
     rows, columns = weight.shape
-    if weight.is_contiguous() and _is_one_float(x, weight.dtype, rows, bias) and order_of_columns(rows, columns) == 1:
-        return multiply_turned(x, weight, bias, 1)  # eight rows at a time MKL is faster
+    if x.numel() == rows and weight.dtype == torch.float32 and order_of_columns(rows, columns) == 1:
+        if weight.is_contiguous() and _is_one_float(x, weight.dtype, rows, bias):
+            return multiply_turned(x, weight, bias, 1)  # eight rows at a time MKL is as fast
     return torch.addmm(bias, x.view(-1, rows), weight).view(*x.shape[:-1], columns)
 
 
@@ -276,6 +276,20 @@ def knows_turned(dtype: torch.dtype, tokens: int, shape: tuple[int, int], step: 
         return False
     at_once = order_of_columns(*shape)
     return bool(at_once) and not shape[0] % at_once and not step % at_once
+
+
+def _order_for(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, whole_rows: int | None
+) -> TokenOrder | None:
+    """`order_of_token` for these operands, `whole_rows` as in `linear`; None where `multiply_token` is not for them."""
+    rows, columns = weight.shape
+    if not _is_one_float(x, weight.dtype, columns, bias):
+        return None
+    threads = torch.get_num_threads()
+    if whole_rows is None and deals_out_rows(threads):
+        return None
+    even = rows if whole_rows is None else rows - rows % (QUAD_ROWS * threads)
+    return order_of_token(even, columns, bias is not None, first_in_quad(weight))
 
 
 def _is_one_float(x: torch.Tensor, dtype: torch.dtype, columns: int, bias: torch.Tensor | None) -> bool:

@@ -29,6 +29,8 @@ class RowTable:
         name: what messages call its weight.
         factory: makes the loads of rows.
         fetch: reads loads into the given memory, blocking; the engine's.
+        copy: puts rows (sorted, distinct) into the given ones, where the matrix is in memory for another module's sake;
+            else False.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class RowTable:
         name: str,
         factory: LoadFactory,
         fetch: Callable[[Sequence[tuple[Load, memoryview]]], None],
+        copy: Callable[[Sequence[int], torch.Tensor], bool] = lambda rows, wanted: False,
     ) -> None:
         self._name = name
         self._num_rows = embedding.num_embeddings
         self._weight = factory.canonical(name)
         self._factory = factory
         self._fetch = fetch
+        self._copy = copy
         self._row_bytes = factory.empty_rows(self._weight, 1).nbytes
         room = min(self._num_rows, KEPT_BYTES // max(1, self._row_bytes))
         self._kept = factory.empty_rows(self._weight, room)  # takes memory as it is filled
@@ -60,6 +64,8 @@ class RowTable:
         missing = torch.unique(input[places < 0])
         if not missing.numel():
             return functional.embedding(places, self._kept)
+        if len(self._kept) == self._num_rows:  # of positions each token looks the next one up: all in one read
+            missing = torch.arange(self._num_rows)
         if self._num_kept + missing.numel() > len(self._kept):  # those of long ago make room
             missing, places = torch.unique(input, return_inverse=True)
             self._place_of.fill_(-1)
@@ -76,7 +82,7 @@ class RowTable:
 
     def _read(self, rows: Sequence[int], wanted: torch.Tensor) -> None:
         """The given rows (sorted, distinct) in order; those near each other come in one read."""
-        if not wanted.numel():
+        if not wanted.numel() or self._copy(rows, wanted):
             return
         row_bytes = self._row_bytes
         wanted = wanted.view(torch.uint8).view(len(rows), -1)
