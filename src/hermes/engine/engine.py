@@ -57,8 +57,6 @@ class Engine:
         urgency: of its reads among theirs.
 
     Attributes:
-        is_settled: every load is resident and there. Who computes may then leave `want` out and set `held` instead,
-            before asking this; once it is no longer so, the block that was held last stays until another is wanted.
         held: the block that is computed.
 
     Raises:
@@ -115,7 +113,8 @@ class Engine:
         self._closed = threading.Event()
         self._block_start = 0.0
         self.held: int | None = None
-        self.is_settled = False
+        self._is_visit = False  # of the held block: it was wanted, so that the pipeline knows that it is held
+        self._staying: frozenset[int] = frozenset()
         self._fetched: deque[tuple[int, Shelved | None]] = deque()  # visits, and what goes back to the shelf
         self._agents = agents or LoadingAgents(config.num_agents)
         self._owns_agents = agents is None
@@ -213,6 +212,7 @@ class Engine:
             granted: Compute = self._granted
             self._block_start = self.clock()
             self.held = self.stats.current_block = block
+            self._is_visit = True
             stalled = self._block_start - start
             self.stats.stall_seconds += stalled
             if self._config.record and stalled > 1e-5:
@@ -236,8 +236,31 @@ class Engine:
             else:
                 self._ask(block, self.clock())
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether no block needs to be wanted."""
+        return len(self._staying) == len(self._blocks)
+
+    def stays(self, block: int) -> bool:
+        """Whether every load of the block is resident, and was there when the last pass ended."""
+        return block in self._staying
+
+    def hold(self, block: int) -> bool:
+        """What `want` does, for a block that stays; else False. Takes no lock where the block before it stays, too.
+
+        Once it no longer stays, it is not given back before another block is held or wanted.
+        """
+        if block not in self._staying:
+            return False
+        if self._is_visit:
+            with self._lock:
+                self._release(self.clock())
+                self._take_in(BlockDone())
+        self.held = self.stats.current_block = block
+        return block in self._staying  # still: `_before_evicting` ends that first, and looks at what is held then
+
     def places(self, block: int) -> tuple[Place, ...]:
-        """Where the loads of a block lie that are all resident."""
+        """Where the loads of a block lie that stays."""
         return tuple(self._holdings.residents.place(block, number) for number in range(len(self._blocks[block])))
 
     def begin_pass(self, heap_bytes: int = 0) -> None:
@@ -262,7 +285,8 @@ class Engine:
             now = self.clock()
             self._release(now)
             self._take_in(BlockDone())
-            self.is_settled = not self._config.record and not self._is_stopped and self._pipeline.is_settled()
+            if not self._config.record and not self._is_stopped:
+                self._staying = self._pipeline.staying()
             was_running = self.stats.end_pass(now) and not self._is_stopped
         if was_running:
             self._reader.check()
@@ -313,7 +337,7 @@ class Engine:
         """Stop and join every agent, drop the memory, close the files. Idempotent; raises nothing an agent raised."""
         with self._lock:
             self._closed.set()
-            self.is_settled = False
+            self._staying = frozenset()
             self._say_ready()
         self._line.close()
         if self._owns_agents:
@@ -339,14 +363,15 @@ class Engine:
         if self.held is not None and self._config.record:
             self.stats.spans.append(Span("inference", f"block {self.held}", self._block_start, now, 0, self.held))
         self.held = self._asked = None
+        self._is_visit = False
 
     def _before_evicting(self) -> None:
-        """Something may stream from now on; the block that is computed, which was not wanted, is held from now on."""
+        """Blocks that stayed may stream from now on; the pipeline learns that one of them is held."""
         self._take_in_fetched()
-        if self.is_settled:
-            self.is_settled = False  # first: whoever names another block afterwards asks for it
-            if self.held is not None:
-                self._take_in(BlockWanted(self.held))
+        self._staying = frozenset()  # first: whoever goes on to another block afterwards wants it
+        if self.held is not None and not self._is_visit:
+            self._is_visit = True
+            self._take_in(BlockWanted(self.held))
 
     @property
     def _is_stopped(self) -> bool:
@@ -424,5 +449,5 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._error = self._error or error
-            self.is_settled = False
+            self._staying = frozenset()
             self._say_ready()

@@ -30,14 +30,9 @@ class EngineSource:
         """Never, so that no `want` is left out."""
         return False
 
-    @property
-    def held(self) -> int | None:
-        """As the engine's."""
-        return self._engine.held
-
-    @held.setter
-    def held(self, block: int | None) -> None:
-        self._engine.held = block
+    def hold(self, block: int) -> bool:
+        """Never, likewise."""
+        return False
 
     def places(self, block: int) -> tuple[Place, ...]:
         """As the engine's."""

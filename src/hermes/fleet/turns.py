@@ -159,6 +159,15 @@ class TurnSource(EngineSource):
         """As the engine's, where nobody could come first."""
         return self._turns.is_one_at_a_time and self._engine.is_settled
 
+    def hold(self, block: int) -> bool:
+        """As the engine's; returns when it is this model's turn."""
+        engine, turns = self._engine, self._turns
+        if engine.stays(block) and not turns.keeps(self._model) and turns.may_give_up():
+            engine.release()
+            turns.reached(self._model, ready=True)
+            turns.stand_by()
+        return engine.hold(block)
+
     def want(self, block: int) -> tuple[Place, ...]:
         """As the engine's; returns when the block is there and it is this model's turn."""
         engine, turns = self._engine, self._turns

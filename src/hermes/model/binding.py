@@ -36,12 +36,10 @@ class BlockSource(Protocol):
 
     ring: Arena
     store: Arena
-    held: int | None
-    """The block that is computed."""
 
     @property
     def is_settled(self) -> bool:
-        """Nothing streams: blocks need not be wanted, for as long as `held` is set first and this is asked then."""
+        """Nothing streams."""
 
     def start(self) -> list[Place]:
         """Fetch what is pinned and begin to load."""
@@ -49,8 +47,11 @@ class BlockSource(Protocol):
     def want(self, block: int) -> tuple[Place, ...]:
         """Wait for a block."""
 
+    def hold(self, block: int) -> bool:
+        """The same of a block that stays in memory, whose places are known; False where it must be wanted."""
+
     def places(self, block: int) -> tuple[Place, ...]:
-        """Where a block lies that does not stream."""
+        """Where a block lies that stays."""
 
     def fetch(self, loads: Sequence[tuple[Load, memoryview]]) -> None:
         """Read loads into the given memory, now."""
@@ -100,7 +101,7 @@ class Binding:
         self._factory = factory
         self._current: int | None = None
         self._is_all_bound = False
-        self._places: list[tuple[Place, ...]] = []  # of every block; what is resident stays where it is
+        self._places: list[tuple[Place, ...]] = [()] * len(blocks)  # of such as stay: always the same
         self._in_pass = False
         self._whole: Arena | None = None  # where matrices that came in ranges are put together
         self._ring: torch.UntypedStorage | None = _storage(source.ring)
@@ -141,13 +142,11 @@ class Binding:
         """Make `block` the one whose parameters are there; waits until it is loaded."""
         if block == self._current:
             return
-        if self._is_all_bound:
-            self._source.held = block
-            if self._source.is_settled:
-                self._current = block
-                return
+        if self._is_all_bound and self._source.hold(block):
+            self._current = block
+            return
         self._leave()
-        places = self._source.want(block)
+        places = self._places_of(block) if self._source.hold(block) else self._source.want(block)
         self._current = block
         for bound in self._blocks[block].bound:
             bound.bind(self._memory, places)
@@ -178,10 +177,15 @@ class Binding:
         """Bind every block at once, if all are in memory and none must be converted there: `enter` is then free."""
         if self._source.is_settled and self._is_plain:
             self._is_all_bound = True
-            self._places = self._places or [self._source.places(block) for block in range(len(self._blocks))]
-            for block, places in zip(self._blocks, self._places, strict=True):
+            for number, block in enumerate(self._blocks):
+                places = self._places_of(number)
                 for bound in block.bound:
                     bound.bind(self._memory, places)
+
+    def _places_of(self, block: int) -> tuple[Place, ...]:
+        if not self._places[block]:
+            self._places[block] = self._source.places(block)
+        return self._places[block]
 
     def _memory(self, place: Place) -> torch.UntypedStorage:
         storage = self._store if place.resident else self._ring

@@ -139,11 +139,13 @@ class Pipeline:
         visit = next(pending, None)
         return visit is not None and not visit.waiting and self._is_fetched(block)
 
-    def is_settled(self) -> bool:
-        """Whether every load is resident and there, so that nothing is ever waited for."""
-        if any(self._cold) or any(visit.missing for visit in self._queue):
-            return False
-        return all(len(kept) == len(loads) for kept, loads in zip(self._resident, self._slot_bytes, strict=True))
+    def staying(self) -> frozenset[int]:
+        """Blocks of which every load is resident and there: they need not be wanted, which changes nothing for them."""
+        return frozenset(
+            block
+            for block, loads in enumerate(self._slot_bytes)
+            if len(self._resident[block]) == len(loads) and not self._cold[block] and self._is_fetched(block)
+        )
 
     def can_evict(self, block: int, load: int) -> bool:
         """Whether this load is resident, and the window would hold the block if it streamed it too."""
