@@ -94,7 +94,7 @@ Product product(Address x, size_t tokens, size_t columns, Address bias, size_t b
   if (!can_multiply()) throw nb::value_error("no bf16 products on this processor");
   if (columns == 0 || columns % step || block == 0 || block % step)
     throw nb::value_error("columns or block are no multiple of what is multiplied at once");
-  if (by_tiles && (!can_multiply_tiles() || block % 32)) throw nb::value_error("no matrix unit, or no block for it");
+  if (by_tiles && !can_multiply_tiles()) throw nb::value_error("no matrix unit on this processor");
   return {at(x), tokens, columns, at(bias), block, at(y), y_stride, 0, by_tiles};
 }
 

@@ -77,6 +77,10 @@ class Ranges:
         self.output = x.new_empty(*x.shape[:-1], rows)
         self._turned: torch.Tensor | None = None
 
+    def put(self, begin: int, products: torch.Tensor) -> None:
+        """Those with rows from `begin` on that somebody else has computed."""
+        self.output[..., begin : begin + products.shape[-1]] = products
+
     def multiply(self, begin: int, weight: torch.Tensor, bias: torch.Tensor | None, sums: Sums) -> None:
         """Those with rows of float32 from `begin` on, whose bias this is."""
         tokens, is_turned = math.prod(self.x.shape[:-1]), self._turned is not None
@@ -104,8 +108,8 @@ class Ranges:
             native().multiply_float_token(weight.data_ptr(), rows, columns, head=4 - first_in_quad(weight), **what)
         if rest := rows % QUAD_ROWS:
             last = slice(-rest - QUAD_ROWS, None)
-            product = functional.linear(self.x, weight[last], None if bias is None else bias[last])
-            self.output[..., begin + rows - rest : begin + rows] = product[..., -rest:]
+            products = functional.linear(self.x, weight[last], None if bias is None else bias[last])
+            self.put(begin + rows - rest, products[..., -rest:])
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sums: Sums) -> torch.Tensor:

@@ -138,7 +138,7 @@ class PackedRows:
 
     def multiply_range(self, ranges: Ranges, begin: int, bias: torch.Tensor | None) -> None:
         """`linear` into the place of these rows in the output."""
-        ranges.output[..., begin : begin + self._shape[0]] = self.linear(ranges.x, bias)
+        ranges.put(begin, self.linear(ranges.x, bias))
 
     def write_to(self, target: torch.Tensor) -> None:
         """Unpack all of them into contiguous rows."""
@@ -197,7 +197,7 @@ def multiply_range(
         sums = _sums_for(ranges.x, weight.dtype, (whole_rows, weight.shape[1]), bias)
         if sums is not None:
             return ranges.multiply(begin, weight, bias, sums)
-    ranges.output[..., begin : begin + weight.shape[0]] = linear(ranges.x, weight, bias, whole_rows)
+    ranges.put(begin, linear(ranges.x, weight, bias, whole_rows))
 
 
 def try_order(layer: nn.Linear, tokens: int) -> None:
