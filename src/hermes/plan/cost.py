@@ -16,6 +16,8 @@ from hermes.plan.problem import TOUCH_STEP_BYTES, Problem, UnitCost
 __all__ = ["Prediction", "least_seconds", "part_computed", "simulate", "streamed_reads", "touch_seconds"]
 
 SIMULATED_PASSES = 3
+START_SECONDS = 2.5e-4
+"""Until a disk that was idle reads again: an agent wakes, and orders. A window of one load pays it for each block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +143,8 @@ def simulate(
                     touching = touch_seconds(problem.touch_seconds_per_byte, taken_bytes, new_bytes)
                     taken_bytes += new_bytes
                     if read_bytes:
-                        ready = disk_free = max(disk_free, time) + read_bytes / bytes_per_second + touching
+                        begin = disk_free if disk_free >= time else time + START_SECONDS
+                        ready = disk_free = begin + read_bytes / bytes_per_second + touching
                     unpacking = unpacks[block][load]
                     cores_free = max(cores_free, ready) + unpacking
                     slows = problem.unpacking_slows_compute or not read_bytes
