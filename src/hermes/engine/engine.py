@@ -113,7 +113,6 @@ class Engine:
         self._closed = threading.Event()
         self._block_start = 0.0
         self.held: int | None = None
-        self._is_visit = False  # of the held block: it was wanted, so that the pipeline knows that it is held
         self._staying: frozenset[int] = frozenset()
         self._fetched: deque[tuple[int, Shelved | None]] = deque()  # visits, and what goes back to the shelf
         self._agents = agents or LoadingAgents(config.num_agents)
@@ -212,7 +211,6 @@ class Engine:
             granted: Compute = self._granted
             self._block_start = self.clock()
             self.held = self.stats.current_block = block
-            self._is_visit = True
             stalled = self._block_start - start
             self.stats.stall_seconds += stalled
             if self._config.record and stalled > 1e-5:
@@ -252,10 +250,8 @@ class Engine:
         """
         if block not in self._staying:
             return False
-        if self._is_visit:
-            with self._lock:
-                self._release(self.clock())
-                self._take_in(BlockDone())
+        if self._pipeline.is_held:
+            self.release()
         self.held = self.stats.current_block = block
         return block in self._staying  # still: `_before_evicting` ends that first, and looks at what is held then
 
@@ -285,7 +281,7 @@ class Engine:
             now = self.clock()
             self._release(now)
             self._take_in(BlockDone())
-            if not self._config.record and not self._is_stopped:
+            if not self._config.record and not self._is_stopped and not self.is_settled:
                 self._staying = self._pipeline.staying()
             was_running = self.stats.end_pass(now) and not self._is_stopped
         if was_running:
@@ -363,14 +359,12 @@ class Engine:
         if self.held is not None and self._config.record:
             self.stats.spans.append(Span("inference", f"block {self.held}", self._block_start, now, 0, self.held))
         self.held = self._asked = None
-        self._is_visit = False
 
     def _before_evicting(self) -> None:
         """Blocks that stayed may stream from now on; the pipeline learns that one of them is held."""
         self._take_in_fetched()
         self._staying = frozenset()  # first: whoever goes on to another block afterwards wants it
-        if self.held is not None and not self._is_visit:
-            self._is_visit = True
+        if self.held is not None and not self._pipeline.is_held:
             self._take_in(BlockWanted(self.held))
 
     @property

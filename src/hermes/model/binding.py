@@ -17,7 +17,7 @@ from torch.nn import functional
 from hermes.errors import EngineError
 from hermes.memory.arena import Arena
 from hermes.model.blocks import Block, Bound, LoadFactory
-from hermes.model.mapping import is_plain_linear, is_turned_linear
+from hermes.model.mapping import is_plain_linear, is_turned_linear, weight_of
 from hermes.model.product import PackedRows, Ranges, is_exact, knows_rows, knows_turned, turned, turned_rows
 from hermes.model.quantized import QuantizedRows
 from hermes.model.rows import RowTable
@@ -122,11 +122,10 @@ class Binding:
             ranges = [(block_of_unit[unit], partition.units[unit].rows or (0, 0)) for unit in units]
             self._replace(modules[name], self._ranges_forward(modules[name], name, ranges, partition))
             if all(isinstance(blocks[block].matrices[name], Bound) for block, _ in ranges):
-                tied[factory.canonical(_weight_of(name))] = functools.partial(self._copy_rows, name, ranges)
+                tied[factory.canonical(weight_of(name))] = functools.partial(self._copy_rows, name, ranges)
         for name in partition.rowwise:
-            embedding, weight = cast(nn.Embedding, modules[name]), _weight_of(name)
-            copy = tied.get(factory.canonical(weight), lambda rows, wanted: False)
-            table = RowTable(embedding, weight, factory, source.fetch, copy)
+            embedding, weight = cast(nn.Embedding, modules[name]), weight_of(name)
+            table = RowTable(embedding, weight, factory, source.fetch, tied.get(factory.canonical(weight)))
             self._replace(embedding, _lookup_in(table))
         for home in factory.homes:
             home.watch(self._adopt)
@@ -218,7 +217,7 @@ class Binding:
 
     def _is_matrix(self, unit: Unit) -> bool:
         """Nothing waits for this unit but its module's weight."""
-        return unit.parameters == (self._factory.canonical(_weight_of(unit.module)),)
+        return unit.parameters == (self._factory.canonical(weight_of(unit.module)),)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         module.__dict__["forward"] = functools.wraps(module.forward)(forward)  # transformers reads its signature
@@ -341,10 +340,6 @@ def _lookup_in(table: RowTable) -> _Forward:
         return table.embed(input)
 
     return forward
-
-
-def _weight_of(module: str) -> str:
-    return f"{module}.weight" if module else "weight"
 
 
 def _storage(arena: Arena) -> torch.UntypedStorage:

@@ -11,7 +11,7 @@ from torch import nn
 
 from hermes.checkpoint.chunks import PackedFile
 from hermes.checkpoint.index import DTYPE_BYTES, Extent
-from hermes.model.mapping import Source, is_plain_linear
+from hermes.model.mapping import Source, is_plain_linear, weight_of
 from hermes.model.product import PackedRows, Ranges, finish, linear, multiply_range
 from hermes.model.quantized import SCALE_BYTES, QuantizedRows
 from hermes.model.trace import tensors_in
@@ -236,8 +236,7 @@ class LoadFactory:
         self._linears = {
             prefix: home
             for prefix, child in module.named_modules()
-            if is_plain_linear(child)
-            and id(home := self._homes[f"{prefix}.weight" if prefix else "weight"]) in quantized
+            if is_plain_linear(child) and id(home := self._homes[weight_of(prefix)]) in quantized
         }
 
     @property

@@ -26,7 +26,9 @@ from hermes.errors import ModelError
 from hermes.model.quantized import QuantizedMatrix
 from hermes.model.runs import Runs
 
-__all__ = ["Source", "WeightMap", "is_plain_linear", "is_transformers_model", "is_turned_linear", "map_weights"]
+__all__ = [
+    "Source", "WeightMap", "is_plain_linear", "is_transformers_model", "is_turned_linear", "map_weights", "weight_of",
+]  # fmt: skip
 
 _PREFIXES = ("module.", "model.")
 _NUM_NAMED = 5
@@ -87,6 +89,11 @@ def is_transformers_model(module: nn.Module) -> bool:
     """Whether this is a PreTrainedModel. Imports nothing: if transformers is not there yet, it cannot be one."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+def weight_of(module: str) -> str:
+    """What a model calls the `weight` of a module of this name; of itself where that is empty."""
+    return f"{module}.weight" if module else "weight"
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -30,7 +30,7 @@ class RowTable:
         factory: makes the loads of rows.
         fetch: reads loads into the given memory, blocking; the engine's.
         copy: puts rows (sorted, distinct) into the given ones, where the matrix is in memory for another module's sake;
-            else False.
+            else False. None: nothing else has it.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class RowTable:
         name: str,
         factory: LoadFactory,
         fetch: Callable[[Sequence[tuple[Load, memoryview]]], None],
-        copy: Callable[[Sequence[int], torch.Tensor], bool] = lambda rows, wanted: False,
+        copy: Callable[[Sequence[int], torch.Tensor], bool] | None,
     ) -> None:
         self._name = name
         self._num_rows = embedding.num_embeddings
@@ -82,7 +82,7 @@ class RowTable:
 
     def _read(self, rows: Sequence[int], wanted: torch.Tensor) -> None:
         """The given rows (sorted, distinct) in order; those near each other come in one read."""
-        if not wanted.numel() or self._copy(rows, wanted):
+        if not wanted.numel() or (self._copy is not None and self._copy(rows, wanted)):
             return
         row_bytes = self._row_bytes
         wanted = wanted.view(torch.uint8).view(len(rows), -1)

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from hermes.model.mapping import Source, WeightMap, is_plain_linear, is_turned_linear
+from hermes.model.mapping import Source, WeightMap, is_plain_linear, is_turned_linear, weight_of
 from hermes.model.trace import Trace, Use
 from hermes.pipeload import smallest_ring
 
@@ -276,7 +276,7 @@ class _Tables:
 
     def weight(self, module: str) -> str:
         """Name on disk of a module's `weight`; empty if it is not there."""
-        return self.canonical(f"{module}.weight" if module else "weight") or ""
+        return self.canonical(weight_of(module)) or ""
 
     def is_rowwise(self, name: str) -> bool:
         """An embedding whose lookup is the plain one, stored as one run of bytes."""

@@ -139,6 +139,11 @@ class Pipeline:
         visit = next(pending, None)
         return visit is not None and not visit.waiting and self._is_fetched(block)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a block was wanted, granted, and is not done yet."""
+        return self._current is not None
+
     def staying(self) -> frozenset[int]:
         """Blocks of which every load is resident and there: they need not be wanted, which changes nothing for them."""
         return frozenset(

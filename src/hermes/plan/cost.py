@@ -1,9 +1,9 @@
 """What a plan will cost, by driving the engine's own state machine with a clock that is only counted.
 
-The disk is one server: loads come in the order they were ordered, at the measured rate, and later where their memory is
-touched for the first time, which takes the cores from the Inference Agent, too. That is the other server. What is
-packed goes through a third: the cores, on which agents unpack while others read. Units take their measured seconds
-where all weights stream, as they did when those were measured, and fewer the fewer stream.
+The disk is one server: loads come in the order they were ordered, at the measured rate, and later where it was idle or
+their memory is touched for the first time, which takes the cores from the Inference Agent, too. That is the other
+server. What is packed goes through a third: the cores, on which agents unpack while others read. Units take their
+measured seconds where all weights stream, as they did when those were measured, and fewer the fewer stream.
 """
 
 from collections import deque

@@ -12,7 +12,7 @@ from torch import nn
 from hermes.checkpoint import Extent
 from hermes.checkpoint.quantized import GROUP, STEP, can_be_quantized
 from hermes.errors import InputError
-from hermes.model.mapping import is_plain_linear
+from hermes.model.mapping import is_plain_linear, weight_of
 from hermes.session.prepare import prepare_model
 from hermes.session.prepared import Prepared
 from hermes.session.workload import Workload
@@ -47,7 +47,7 @@ def find_quantizable(model: Path) -> Quantizable:
     for path, module in prepared.module.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        parameter = f"{path}.weight" if path else "weight"
+        parameter = weight_of(path)
         name = _stored_name(prepared, parameter, names)
         if reason := _reason(prepared, path, module, is_plain=name is not None, streams=(path, parameter) in streamed):
             left[reason] += 1
