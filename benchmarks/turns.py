@@ -12,7 +12,7 @@ from pathlib import Path
 
 __all__ = ["ROUNDS", "conduct", "in_turns"]
 
-ROUNDS = 5
+ROUNDS = 10
 """Of one turn, after one that does not count: on a virtual machine, memory that has lain idle is slow at first."""
 LOOK_SECONDS = 0.2
 

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hermes.fleet.members import SMALL_BYTES, WINDOWS, Candidate, make_member, need_of
+from hermes.fleet.members import SMALL_BYTES, WINDOWS, Candidate, least_hidden, make_member, need_of
+from hermes.fleet.predict import SWITCH_SECONDS, predict
 from hermes.pipeload import smallest_ring
 from hermes.plan import Bandwidth, Problem, UnitCost
 
@@ -52,6 +53,43 @@ def test_a_member_fits_its_quota_and_keeps_small_loads_first(problem, window, sh
     if any(sizes[number] <= SMALL_BYTES for number in streamed):
         # nothing larger stays but blocks that the window does not hold
         assert all(sizes[number] <= SMALL_BYTES or sizes[number] > member.ring_bytes / window[1] for number in kept)
+
+
+@given(st.lists(problems(), min_size=1, max_size=4), st.sampled_from(WINDOWS[:4]), st.floats(-0.1, 1.1))
+def test_bytes_for_what_hides_least_are_no_more_than_there_are(problems, window, share):
+    candidates = {str(number): Candidate(problem=one, activation_bytes=0) for number, one in enumerate(problems)}
+    needs = [need_of(one, window) for one in problems]
+    least, most = sum(need.least_bytes for need in needs), sum(need.most_bytes for need in needs)
+    budget = least + int(share * (most - least + 1))
+    shares = least_hidden(candidates, window, budget)
+    assert (shares is None) == (budget < least)
+    if shares is not None:
+        quotas = [shares[name][0] for name in candidates]
+        assert all(need.least_bytes <= quota <= need.most_bytes for need, quota in zip(needs, quotas, strict=True))
+        assert sum(quotas) == min(budget, most)
+
+
+def test_bytes_go_to_blocks_that_compute_least():
+    candidates = {
+        name: Candidate(
+            problem=problem_of([4 * MIB] * 8, [seconds] * 8, 1.0), activation_bytes=0, importance=importance
+        )
+        for name, seconds, importance in (("slow", 0.05, 1.0), ("fast", 0.005, 1.0), ("precious", 0.05, 100.0))
+    }
+    least, most = need_of(candidates["slow"].problem, WINDOWS[0]).least_bytes, 35 * MIB
+    shares = least_hidden(candidates, WINDOWS[0], 2 * most + least)
+    assert {name: nbytes for name, (nbytes, _) in shares.items()} == {"slow": least, "fast": most, "precious": most}
+
+
+def test_a_change_of_turns_costs():
+    problem = problem_of([4 * MIB] * 10, [0.01] * 10, 1.0)
+    need = need_of(problem, WINDOWS[0])
+    candidate = Candidate(problem=problem, activation_bytes=0)
+    member = make_member(candidate, need.most_bytes, WINDOWS[0], 1e12, patience_seconds=1.0)
+    members, requests = dict.fromkeys("ab", member), dict.fromkeys("ab", 1)
+    alone = predict(members, requests, 1e12, policy="deadline", max_active=1).makespan_seconds
+    together = predict(members, requests, 1e12, policy="round-robin", max_active=2).makespan_seconds
+    assert abs(together - alone - 18 * SWITCH_SECONDS) < SWITCH_SECONDS  # 20 turns instead of 2
 
 
 def test_reading_less_computes_faster():

@@ -1,9 +1,9 @@
-"""A model as the planner tries it: window, weights that stay, and what its quota is worth. Pure."""
+"""A model as the planner tries it: its quota, window, and the weights that stay. Pure."""
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from hermes.fleet.predict import Member, predict
+from hermes.fleet.predict import Member
 from hermes.fleet.quota import Need
 from hermes.pipeload import smallest_ring
 from hermes.plan import Bandwidth, Problem, part_computed, spread, spread_over
@@ -12,13 +12,11 @@ __all__ = [
     "WINDOWS",
     "Candidate",
     "Window",
-    "Worth",
     "best_bandwidth",
-    "cheapest",
+    "least_hidden",
     "make_member",
     "need_of",
     "slots_of",
-    "worth",
 ]
 
 Window = tuple[str, float]
@@ -27,14 +25,7 @@ WINDOWS: tuple[Window, ...] = (
     ("joined", 1.0), ("joined", 1.5), ("joined", 2.0), ("joined", 3.0), ("joined", 4.0), ("joined", 6.0),
     ("leaf", 1.0), ("half", 1.0), ("layer", 1.0),
 )  # fmt: skip
-TRIED_ALONE: tuple[Window, ...] = (("joined", 1.0), ("joined", 2.0), ("joined", 4.0), ("joined", 8.0))
-WORTH_WINDOW = 0.995
-"""A larger one must bring that: what it holds is read again in each pass."""
-STEPS = 6
-"""Quotas of a model that are tried, between the least it can do with and all it has."""
-ROUNDS = 3
 AS_FAST = 0.9
-REST = "the others"
 MOST_KEPT = 12
 """Blocks that may stay for the sake of a smaller window."""
 SMALLEST_RING_BYTES = 8 * 2**20
@@ -65,15 +56,6 @@ class Candidate:
     def compute_seconds(self) -> float:
         """Of one pass."""
         return sum(unit.next_seconds for unit in self.problem.units[: self.problem.num_in_pass or None])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Worth:
-    """Seconds for a few rounds with so many bytes, and the window that takes least of them."""
-
-    nbytes: int
-    seconds: float
-    window: Window
 
 
 def slots_of(problem: Problem, granularity: str) -> list[list[int]]:
@@ -139,81 +121,30 @@ def make_member(
     )
 
 
-def worth(candidates: Mapping[str, Candidate], quotas: Mapping[str, int], rate: float) -> dict[str, list[Worth]]:
-    """What bytes are worth to each model: ever more of them, ever fewer seconds, from its least on.
-
-    A model is tried alone, while the others (with `quotas`) compute and read between its requests.
-    """
-    everyone = sum(candidate.compute_seconds for candidate in candidates.values())
-    reading = {
-        name: need_of(candidate.problem, WINDOWS[0]).most_bytes - quotas[name] for name, candidate in candidates.items()
-    }
-    curves = {}
-    for name, candidate in candidates.items():
-        others = _rest(everyone - candidate.compute_seconds, sum(reading.values()) - reading[name])
-        curves[name] = _curve(candidate, others, rate)
-    return curves
-
-
-def cheapest(
-    candidates: Mapping[str, Candidate], curves: Mapping[str, Sequence[Worth]], budget_bytes: int
+def least_hidden(
+    candidates: Mapping[str, Candidate], window: Window, budget_bytes: int
 ) -> dict[str, tuple[int, Window]] | None:
-    """Bytes and window of each model: step by step to whoever gains most seconds, by importance, for each byte.
+    """Bytes of each model where those blocks stay, whoever's they are, that have the least to compute for their bytes.
 
-    None where the least do not fit.
+    The disk hides behind what the others compute. By importance; None where the least do not fit.
     """
-    at = {name: curve[0] for name, curve in curves.items()}
-    left = budget_bytes - sum(here.nbytes for here in at.values())
+    needs = {name: need_of(candidate.problem, window) for name, candidate in candidates.items()}
+    quotas = {name: need.least_bytes for name, need in needs.items()}
+    left = budget_bytes - sum(quotas.values())
     if left < 0:
         return None
-    while True:
-        best: tuple[float, str, Worth] | None = None
-        for name, curve in curves.items():
-            for further in curve:
-                more_bytes, gain = further.nbytes - at[name].nbytes, at[name].seconds - further.seconds
-                value = candidates[name].importance * gain / max(1, more_bytes)
-                if 0 < more_bytes <= left and value > 0 and (best is None or value > best[0]):
-                    best = (value, name, further)
-        if best is None:
-            return {name: (here.nbytes, here.window) for name, here in at.items()}
-        _, name, further = best
-        left -= further.nbytes - at[name].nbytes
-        at[name] = further
-
-
-def _curve(candidate: Candidate, others: Member, rate: float) -> list[Worth]:
-    least, most = (getattr(need_of(candidate.problem, WINDOWS[0]), end) for end in ("least_bytes", "most_bytes"))
-    curve: list[Worth] = []
-    for step in range(STEPS + 1):
-        quota = least + (most - least) * step // STEPS
-        best: tuple[float, Window] | None = None
-        for window in TRIED_ALONE:
-            if need_of(candidate.problem, window).least_bytes <= quota:
-                member = make_member(candidate, quota, window, rate, patience_seconds=1.0)
-                seconds = _seconds(member, others, rate)
-                if best is None or seconds < WORTH_WINDOW * best[0]:
-                    best = (seconds, window)
-        if best is not None and (not curve or best[0] < curve[-1].seconds):
-            curve.append(Worth(nbytes=quota, seconds=best[0], window=best[1]))
-    return curve
-
-
-def _seconds(member: Member, others: Member, rate: float) -> float:
-    members = {"": member, REST: others}
-    return predict(members, dict.fromkeys(members, ROUNDS), rate, policy="deadline", max_active=1).makespan_seconds
-
-
-def _rest(compute_seconds: float, read_bytes: int) -> Member:
-    """All other models as one, that computes so long and then has read so much for its next request."""
-    return Member(
-        slots=((read_bytes,),),
-        reads=((read_bytes,),),
-        block_seconds=(compute_seconds,),
-        resident=(frozenset(),),
-        ring_bytes=2 * read_bytes,
-        least_bytes=0,
-        patience_seconds=1.0,
-    )
+    blocks: list[tuple[float, str, int]] = []
+    for name, candidate in candidates.items():
+        for block in candidate.problem.groups[window[0]]:
+            units = [candidate.problem.units[unit] for unit in block]
+            nbytes = sum(sum(unit.slot_bytes) for unit in units)
+            seconds = sum(unit.next_seconds for unit in units)
+            blocks.append((seconds / max(1, nbytes) / candidate.importance, name, nbytes))
+    for _, name, nbytes in sorted(blocks):
+        more = min(nbytes, needs[name].most_bytes - quotas[name], left)
+        quotas[name] += more
+        left -= more
+    return {name: (nbytes, window) for name, nbytes in quotas.items()}
 
 
 def _resident(

@@ -1,6 +1,7 @@
 """Quotas, windows and policy of a fleet: few candidates, each predicted, the shortest makespan wins. Pure."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hermes.errors import BudgetError
@@ -9,11 +10,10 @@ from hermes.fleet.members import (
     Candidate,
     Window,
     best_bandwidth,
-    cheapest,
+    least_hidden,
     make_member,
     need_of,
     slots_of,
-    worth,
 )
 from hermes.fleet.predict import FleetPrediction, Member, predict
 from hermes.fleet.quota import Need, divide
@@ -27,10 +27,10 @@ ROUNDS = 4
 """Requests of each model that a candidate is predicted over."""
 TILTS = (0.0, 1.0, -0.5)
 """How far models that wait for the disk rather than compute are preferred when bytes are shared out."""
+HIDING_WINDOWS = WINDOWS[:4]
+"""Windows that `least_hidden` is tried with, each for every number of requests at once."""
 PIECE_BYTES = 2**20
 """Reads are multiples of it; two for each agent should fit the window."""
-ALIKE = 0.98
-"""Predictions so near to each other tell nothing: what reads less then leaves more to what was not foreseen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,23 +144,16 @@ def plan_fleet(
         take(way, _even(candidates, way, WINDOWS[0], TILTS[0], rate))
     if not tried:
         raise _refusal(candidates, budget_bytes, limit_bytes, free)
-    first = _best(tried)
+    first = min(tried, key=lambda one: one.seconds)
     if first.pass_bytes:
         for window in WINDOWS[1:]:
             take(first.way, _even(candidates, first.way, window, TILTS[0], rate))
         for tilt in TILTS[1:]:
             take(first.way, _even(candidates, first.way, WINDOWS[0], tilt, rate))
-        curves = worth(candidates, first.quotas, rate)
-        for way in ways:
-            take(way, cheapest(candidates, curves, way.weight_bytes))
-    best = _best(tried)
+        for way, window in itertools.product(ways, HIDING_WINDOWS):
+            take(way, least_hidden(candidates, window, way.weight_bytes))
+    best = min(tried, key=lambda one: one.seconds)
     return _finish(candidates, best, budget_bytes, limit_bytes, floor_bytes, slack_bytes, rate, bandwidth, policy)
-
-
-def _best(tried: Sequence[_Tried]) -> _Tried:
-    """Of those predicted alike with the shortest, the one that reads least; of such, the first."""
-    shortest = min(one.seconds for one in tried)
-    return min((one for one in tried if ALIKE * one.seconds <= shortest), key=lambda one: one.pass_bytes)
 
 
 def _read_by(bandwidth: Bandwidth, candidate: Candidate) -> Candidate:

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from hermes.fleet.schedule import Admit, Arrived, Event, Finished, Go, Joined, Policy, Reached, Ready, Schedule
 from hermes.pipeload import BlockDone, BlockWanted, Compute, Fetch, LoadFetched, Pipeline
 from hermes.pipeload import Order as PipelineOrder
+from hermes.plan import START_SECONDS
 
 __all__ = ["FleetPrediction", "Member", "predict"]
 
 PIECE_BYTES = 8 * 2**20
+SWITCH_SECONDS = 5e-4
+"""What a change of turns costs: caches hold another model's activations, code and tables then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +79,7 @@ def predict(
     policy: Policy,
     max_active: int,
 ) -> FleetPrediction:
-    """Simulate so many requests of each model. Cold at the start: resident weights are read by the first passes.
-
-    What caches lose when models take turns is left out: 3 % of a CNN's time with a turn for every layer.
-    """
+    """Simulate so many requests of each model. Cold at the start: resident weights are read by the first passes."""
     return _World(members, requests, bytes_per_second, policy, max_active).play()
 
 
@@ -98,6 +98,8 @@ class _World:
         self.bytes_read = 0
         self.served: dict[str, int] = {}  # by the disk, in order of the last piece
         self.disk_is_busy = False
+        self.disk_free = 0.0
+        self.last = ""  # that had the turn
         self.events: list[tuple[float, int, str, str]] = []  # time, number, what ends, whose
         self.number = 0
         self.runs = {
@@ -119,7 +121,7 @@ class _World:
         while self.events:
             self.now, _, what, name = heapq.heappop(self.events)
             if what == "piece":
-                self.disk_is_busy = False
+                self.disk_is_busy, self.disk_free = False, self.now
                 self.end_piece(name)
             else:
                 self.reach(name)
@@ -149,12 +151,14 @@ class _World:
 
     def go(self, name: str) -> None:
         run = self.runs[name]
+        seconds = 0.0 if name == self.last else SWITCH_SECONDS
+        self.last = name
         if run.block < 0:
-            self.at(0.0, "block", name)
+            self.at(seconds, "block", name)
             return
         if not run.granted:
             self.carry_out(name, run.pipeline.on(BlockWanted(run.block)))
-        self.at(run.member.block_seconds[run.block], "block", name)
+        self.at(seconds + run.member.block_seconds[run.block], "block", name)
 
     def reach(self, name: str) -> None:
         """The model whose turn it is has come to the end of a block, or to the start of its request."""
@@ -199,7 +203,8 @@ class _World:
         self.disk_is_busy = True
         nbytes = min(PIECE_BYTES, self.runs[name].fetches[0][1])
         self.bytes_read += nbytes
-        self.at(nbytes / self.rate, "piece", name)
+        starting = START_SECONDS if self.disk_free < self.now else 0.0
+        self.at(starting + nbytes / self.rate, "piece", name)
         self.served[name] = self.number
 
     def end_piece(self, name: str) -> None:

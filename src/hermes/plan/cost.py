@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from hermes.pipeload import BlockDone, BlockWanted, Compute, Fetch, LoadFetched, Order, Pipeline
 from hermes.plan.problem import TOUCH_STEP_BYTES, Problem, UnitCost
 
-__all__ = ["Prediction", "least_seconds", "part_computed", "simulate", "streamed_reads", "touch_seconds"]
+__all__ = [
+    "START_SECONDS", "Prediction", "least_seconds", "part_computed", "simulate", "streamed_reads", "touch_seconds",
+]  # fmt: skip
 
 SIMULATED_PASSES = 3
 START_SECONDS = 2.5e-4
