@@ -1,7 +1,8 @@
 """What a fleet will take, by driving the engines' and the schedule's own state machines with a clock that is counted.
 
-The disk is one server: it takes pieces in turns from the models that want any, the most urgent first, as `disk` does.
-The processor is another. What the first touch of memory costs is left out: it is paid once.
+The disk is one server: it takes pieces in turns from the models that want any, the most urgent first, as agents do from
+their lines, and starts late where it was idle. The processor is another, to which a change of turns costs something.
+What the first touch of memory costs is left out: it is paid once.
 """
 
 import heapq
