@@ -25,7 +25,7 @@ def markdown(document: dict) -> str:
         "pixels a side, YOLOv3 320. Raw samples are in [fleet.json](fleet.json).",
         "",
         "- *Overhead*: against the same requests through plain resident modules, one after the other in one thread, in",
-        f"  another process; both in turns of {ROUNDS} rounds, after an uncounted one; the median of their ratios.",
+        f"  another process; both in turns of {ROUNDS} rounds at most, after an uncounted one; the median of ratios.",
         "- *Bound*: that resident makespan, or where it is longer the time to read what has no room under the cap",
         "  beside one request's activations, at the disk's measured rate: no schedule is faster.",
         "- *At once*: requests under way. SwapNet's rotation goes block by block round all models, as many as fit.",

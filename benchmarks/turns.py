@@ -13,7 +13,8 @@ from pathlib import Path
 __all__ = ["ROUNDS", "conduct", "in_turns"]
 
 ROUNDS = 10
-"""Of one turn, after one that does not count: on a virtual machine, memory that has lain idle is slow at first."""
+"""Of one turn, after one that does not count: on a virtual machine, memory that has lain idle is slow at first. And a
+fleet's last requests have nobody to hide behind: in short turns that shows."""
 LOOK_SECONDS = 0.2
 
 

@@ -97,7 +97,7 @@ def make_member(
     free = quota_bytes - fixed
     in_pass = problem.num_in_pass or len(problem.units)
     groups = [block for block in problem.groups[window[0]] if block[0] < in_pass]
-    seconds = [sum(problem.units[unit].next_seconds for unit in block) for block in groups]
+    seconds = _seconds_of(problem, groups)
     if free >= total:
         ring = _Ring(kept=frozenset(), kept_bytes=total, ring_bytes=0)  # without a window nothing can be lent
         resident = spread(slots, total)
@@ -135,10 +135,9 @@ def least_hidden(
         return None
     blocks: list[tuple[float, str, int]] = []
     for name, candidate in candidates.items():
-        for block in candidate.problem.groups[window[0]]:
-            units = [candidate.problem.units[unit] for unit in block]
-            nbytes = sum(sum(unit.slot_bytes) for unit in units)
-            seconds = sum(unit.next_seconds for unit in units)
+        problem = candidate.problem
+        sizes = map(sum, slots_of(problem, window[0]))
+        for nbytes, seconds in zip(sizes, _seconds_of(problem, problem.groups[window[0]]), strict=True):
             blocks.append((seconds / max(1, nbytes) / candidate.importance, name, nbytes))
     for _, name, nbytes in sorted(blocks):
         more = min(nbytes, needs[name].most_bytes - quotas[name], left)
@@ -161,6 +160,11 @@ def _resident(
         budget_bytes -= sum(slots[block][load] for block, loads in enumerate(chosen) for load in loads)
         kept = [had | new for had, new in zip(kept, chosen, strict=True)]
     return [frozenset(loads) for loads in kept]
+
+
+def _seconds_of(problem: Problem, blocks: Sequence[Sequence[int]]) -> list[float]:
+    """What each computes in a pass."""
+    return [sum(problem.units[unit].next_seconds for unit in block) for block in blocks]
 
 
 def _fixed_bytes(problem: Problem) -> int:
