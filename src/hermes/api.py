@@ -10,16 +10,21 @@ import torch
 from torch import nn
 
 from hermes.checkpoint.readers import Reader
+from hermes.device import Device, find_device
 from hermes.errors import InputError
 from hermes.memory.allocator import keep_heap_tight, put_off_collections
+from hermes.model.binding import HOST
+from hermes.model.units import Granularity
 from hermes.plan import Plan, Problem, make_plan, smallest_budget
-from hermes.profile import Profile, measure_drift
+from hermes.profile import Calibration, Profile, measure_drift
 from hermes.session import (
     FORWARDS,
     MARGIN_BYTES,
     Prepared,
     Session,
+    Target,
     Workload,
+    aim_at,
     attach,
     estimate_profile,
     measure_floor,
@@ -73,6 +78,8 @@ def load(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    device: str = "cpu",
+    device_budget: str | int | None = None,
     record: bool = False,
 ) -> Any:
     """A transformers model whose weights stay on disk and pass through a window of memory as it runs.
@@ -99,6 +106,10 @@ def load(
         trust_remote_code: allow model code that comes with the checkpoint.
         attn_implementation: as in transformers.
         revision: of a Hub id.
+        device: to compute on, "cuda" or "cuda:1"; weights go there through this process's memory, which `budget`
+            bounds.
+        device_budget: bound on what tensors take of the device's memory, weights and activations; else nine tenths of
+            what is free there. Where it shares the host's memory, `budget` is the one for weights.
         record: keep a span for each read and each block in `model.hermes.stats`.
 
     Raises:
@@ -127,6 +138,8 @@ def load(
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
         revision=revision,
+        device=device,
+        device_budget=device_budget,
         record=record,
     )
     return prepared.module
@@ -144,6 +157,8 @@ def stream(
     resident_bytes: int | None = None,
     sequential: bool = False,
     matrix_bytes: str | int | None = None,
+    device: str = "cpu",
+    device_budget: str | int | None = None,
     record: bool = False,
 ) -> Any:
     """Any module of yours, its weights streamed from a state-dict file (safetensors, .bin, .pt) inside a budget.
@@ -163,10 +178,12 @@ def stream(
         args=example_args,
         kwargs=example_kwargs,
         matrix_bytes=None if matrix_bytes is None else parse_bytes(matrix_bytes),
+        device=_device(device, device_budget),
     )
     session = _start(
         prepared,
         budget_bytes,
+        device_budget=device_budget,
         num_agents=num_agents,
         granularity=granularity,
         resident_bytes=resident_bytes,
@@ -225,17 +242,21 @@ def open_session(
     granularity: str | None = None,
     resident_bytes: int | None = None,
     sequential: bool = False,
+    device: str = "cpu",
+    device_budget: str | int | None = None,
     record: bool = False,
     **options: Any,
 ) -> tuple[Prepared, Session]:
     """Prepare, plan and start; `load` without the dressing."""
     keep_heap_tight()
+    options["device"] = _device(device, device_budget)
     with put_off_collections():
         limit_bytes = memory_limit(budget_bytes)
         prepared = _prepare(model, workload, {**options, "profile": profile, "limit_bytes": limit_bytes})
         session = _start(
             prepared,
             budget_bytes,
+            device_budget=device_budget,
             num_agents=num_agents,
             granularity=granularity,
             resident_bytes=resident_bytes,
@@ -259,9 +280,42 @@ def settle_plan(prepared: Prepared, reader: Reader, budget_bytes: int, **choices
     return settled, known
 
 
-def pose_problem(prepared: Prepared, reader: Reader) -> tuple[Problem, Profile]:
-    """What the planner is asked about a prepared model in this process, and the profile its costs come from."""
+def settle_on_device(
+    prepared: Prepared,
+    reader: Reader,
+    budget_bytes: int,
+    *,
+    device_budget: str | int | None,
+    granularity: Granularity | None,
+    **choices: Any,
+) -> tuple[Plan, Target]:
+    """The same for the device that the model was prepared for: how its memory is used, and the plan for the rest."""
+    target = aim_at(
+        Device(str(prepared.device)),
+        prepared,
+        prepared.factory(reader.alignment, PLANNING_PIECE_BYTES),
+        budget_bytes=None if device_budget is None else parse_bytes(device_budget),
+        granularity=granularity,
+    )
+    problem, _ = pose_problem(prepared, reader, target.compute)
+    settled = make_plan(
+        target.rest_of(problem),
+        budget_bytes=budget_bytes,
+        limit_bytes=memory_limit(budget_bytes),
+        margin_bytes=MARGIN_BYTES,
+        granularity=granularity,
+        **choices,
+    )
+    return settled, target
+
+
+def pose_problem(prepared: Prepared, reader: Reader, compute: Calibration | None = None) -> tuple[Problem, Profile]:
+    """What the planner is asked about a prepared model in this process, and the profile its costs come from.
+
+    An estimate rests on how fast this machine computes, or on `compute`.
+    """
     floor_bytes, calibration = measure_floor(prepared)
+    calibration = compute or calibration
     factory = prepared.factory(reader.alignment, PLANNING_PIECE_BYTES)
     known, warmed = prepared.known, prepared.warmed
     if known is None:
@@ -324,12 +378,25 @@ def _start(
     budget_bytes: int,
     *,
     record: bool,
+    device_budget: str | int | None = None,
     **choices: Any,
 ) -> Session:
     reader = prepared.reader()
+    target = None
     try:
-        settled, _ = settle_plan(prepared, reader, budget_bytes, **choices)
+        if prepared.device == HOST:
+            settled, _ = settle_plan(prepared, reader, budget_bytes, **choices)
+        else:
+            settled, target = settle_on_device(prepared, reader, budget_bytes, device_budget=device_budget, **choices)
     except BaseException:
         reader.close()
         raise
-    return start_session(prepared, settled, reader, record=record)
+    return start_session(prepared, settled, reader, record=record, target=target)
+
+
+def _device(name: str, device_budget: str | int | None) -> torch.device:
+    """Raises InputError where there is none of this name."""
+    device = find_device(name)
+    if device == HOST and device_budget is not None:
+        raise InputError(f"a device budget of {device_budget} is for a device other than the CPU; give --device, too")
+    return device

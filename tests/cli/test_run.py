@@ -20,7 +20,7 @@ from hermes.checkpoint.synth import synth
 KEYS = [
     "model", "task", "outputs", "budget_bytes", "floor_bytes", "peak_bytes", "load_seconds", "seconds",
     "first_output_seconds", "seconds_per_pass", "passes", "bytes_read", "stall_seconds", "predicted_seconds",
-    "predicted_peak_bytes", "plan",
+    "predicted_peak_bytes", "plan", "device",
 ]  # fmt: skip
 ENOUGH = "2GiB"
 
@@ -208,6 +208,13 @@ def test_standard_input_is_a_prompt(gpt2, invoke):
         (["--budget", ENOUGH, "--prompt", "x", "--max-new-tokens", "128"], "1 tokens.* 128 new .*--max-new-tokens 127"),
         (["--budget", ENOUGH, "--prompt", "x", "--dtype", "float7"], "unknown dtype 'float7'"),
         (["--budget", ENOUGH, "--text", "x", "--pool", "median"], "unknown pool 'median'"),
+        (["--budget", ENOUGH, "--prompt", "x", "--device", "gpu"], "unknown device 'gpu'; choose cpu or cuda"),
+        (
+            ["--budget", ENOUGH, "--prompt", "x", "--device", "cuda:99"],
+            r"device 'cuda:99': torch sees \d+ of this kind",
+        ),
+        (["--budget", ENOUGH, "--prompt", "x", "--device-budget", "1GiB"], "for a device other than the CPU"),
+        (["--budget", ENOUGH, "--prompt", "x", "--device", "cuda", "--draft", "prompt-lookup"], "not for .*--draft"),
         (["--budget", "1MiB", "--prompt", "x"], r"too small.*try --budget \d+MiB"),
     ],
 )

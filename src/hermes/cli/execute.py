@@ -58,17 +58,23 @@ def run_streamed(name: str, module: Any, session: "Session", job: Job, *, quiet:
         predicted_peak_bytes=plan.peak_bytes,
         plan=plan_document(plan),
         peak_bytes=peak_resident_bytes(),
+        device=None if session.target is None else session.target.document(),
     )
 
 
 def run_resident(
-    name: str, directory: Path, job: Job, dtype: str | None, trust_remote_code: bool, *, quiet: bool
+    name: str, directory: Path, job: Job, dtype: str | None, trust_remote_code: bool, *, device: str, quiet: bool
 ) -> "Outcome":
-    """Do the job with plain transformers, no engine: the yardstick. Raises ModelError if it cannot load the model."""
+    """Do the job with plain transformers, no engine: the yardstick.
+
+    Raises ModelError if it cannot load the model, InputError where there is no such device.
+    """
+    from hermes.device import find_device
     from hermes.report.outcome import Outcome, seconds_per_pass
 
     read_before = process_read_bytes()
-    module = load_resident(directory, job.task, dtype, trust_remote_code)
+    settled = find_device(device)
+    module = load_resident(directory, job.task, dtype, trust_remote_code).to(settled)
     starts: list[float] = []
     pass_seconds: list[float] = []
     module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))

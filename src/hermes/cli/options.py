@@ -14,6 +14,8 @@ __all__ = [
     "Agents",
     "Batch",
     "Budget",
+    "DeviceBudget",
+    "DeviceName",
     "Dtype",
     "Granularity",
     "Model",
@@ -47,6 +49,12 @@ Sequential = Annotated[bool, typer.Option("--sequential", help="Load and compute
 Task = Annotated[str | None, typer.Option(help="As transformers names it; else from the configuration.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow model code that comes with the checkpoint.")
+]
+DeviceName = Annotated[
+    str, typer.Option("--device", help="To compute on: cpu, or cuda, whose weights come through --budget.")
+]
+DeviceBudget = Annotated[
+    str | None, typer.Option(help="Of the device's memory, as 6GiB; else nine tenths of what is free there.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Of a Hub id.")]
 

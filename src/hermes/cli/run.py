@@ -18,6 +18,8 @@ from hermes.cli.jobs import Inputs, make_job
 from hermes.cli.options import (
     Agents,
     Budget,
+    DeviceBudget,
+    DeviceName,
     Dtype,
     Granularity,
     Model,
@@ -80,6 +82,8 @@ def run(
     granularity: Granularity = None,
     resident_bytes: ResidentBytes = None,
     dtype: Dtype = None,
+    device: DeviceName = "cpu",
+    device_budget: DeviceBudget = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of sampling.")] = None,
     profile: ProfileFile = None,
     task: Task = None,
@@ -108,6 +112,8 @@ def run(
             if resident
             else f"--trace {trace}: no such directory; make it first"
         )
+    if device != "cpu" and (input is not None or draft is not None):
+        raise InputError(f"--device {device} is not for --input or --draft; those compute on the CPU")
     directory = resolve_model(model, revision=revision)
     if directory.is_dir():
         open_checkpoint(directory)  # a broken one is said at once
@@ -153,7 +159,7 @@ def run(
         trust_remote_code=trust_remote_code,
     )
     if budget_bytes is None:
-        outcome = run_resident(model, directory, job, dtype, trust_remote_code, quiet=json_output)
+        outcome = run_resident(model, directory, job, dtype, trust_remote_code, device=device, quiet=json_output)
     else:
         from hermes.api import open_session
         from hermes.report.progress import import_terminal
@@ -166,6 +172,8 @@ def run(
             task=job.task,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            device=device,
+            device_budget=device_budget,
             record=trace is not None,
             **choices,
         )

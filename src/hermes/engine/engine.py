@@ -278,15 +278,24 @@ class Engine:
         and no resident weights are left to give back.
         """
         with self._lock:
-            now = self.clock()
-            self._release(now)
+            self._release(self.clock())
             self._take_in(BlockDone())
             if not self._config.record and not self._is_stopped and not self.is_settled:
                 self._staying = self._pipeline.staying()
-            was_running = self.stats.end_pass(now) and not self._is_stopped
+        self.count_pass()
+
+    def count_pass(self) -> None:
+        """The rest of `end_pass`, for who goes on holding a block. Raises as it does."""
+        with self._lock:
+            was_running = self.stats.end_pass(self.clock()) and not self._is_stopped
         if was_running:
             self._reader.check()
         self._daemon.balance()
+
+    def count_stall(self, seconds: float) -> None:
+        """Somebody waited for what the engine had brought, on its further way."""
+        with self._lock:
+            self.stats.stall_seconds += seconds
 
     def foresee(self, block: int) -> bool:
         """Begin to load a block before it is wanted; False where the window has no room to begin with. Never blocks."""

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from hermes.api import settle_plan
-from hermes.engine import Engine
+from hermes.engine import Engine, EngineSource
 from hermes.errors import EngineError, InputError
-from hermes.fleet.source import EngineSource
 from hermes.memory.allocator import keep_heap_tight
 from hermes.pipeload import Place, smallest_ring
 from hermes.session import MARGIN_BYTES, prepare_module, start_session

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from hermes.engine import Engine
+from hermes.engine import Engine, EngineSource
 from hermes.fleet.lanes import Lanes
 from hermes.fleet.schedule import (
     Arrived,
@@ -19,7 +19,6 @@ from hermes.fleet.schedule import (
     Ready,
     Schedule,
 )
-from hermes.fleet.source import EngineSource
 from hermes.pipeload import Place
 
 __all__ = ["TurnSource", "Turns"]

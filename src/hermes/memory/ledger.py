@@ -13,11 +13,12 @@ class Ledger:
     """Reservations in bytes under one budget, by account ("floor", "heap", "window", "resident", ...).
 
     **Guarantee.** The sum of all reservations never exceeds the budget: what does not fit is refused, never overshot.
-    Not thread-safe; the Daemon Agent owns it.
+    Not thread-safe; the Daemon Agent owns it. `option` is what refusals name to ask for more.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, option: str = "--budget") -> None:
         self.budget_bytes = budget_bytes
+        self._option = option
         self._accounts: dict[str, int] = {}
 
     @property
@@ -40,7 +41,7 @@ class Ledger:
         if self.reserved_bytes > budget_bytes:
             raise BudgetError(
                 f"{format_bytes(self.reserved_bytes)} are reserved, a budget of {format_bytes(budget_bytes)} is less; "
-                f"try --budget {format_budget(self.reserved_bytes)}",
+                f"try {self._option} {format_budget(self.reserved_bytes)}",
                 minimum_bytes=self.reserved_bytes,
             )
         self.budget_bytes = budget_bytes
@@ -52,7 +53,7 @@ class Ledger:
             raise BudgetError(
                 f"{account} needs {format_bytes(nbytes)}, the budget of {format_bytes(self.budget_bytes)} leaves "
                 f"{format_bytes(self.free_bytes + nbytes - grow)}; "
-                f"try --budget {format_budget(self.reserved_bytes + grow)}",
+                f"try {self._option} {format_budget(self.reserved_bytes + grow)}",
                 minimum_bytes=self.reserved_bytes + grow,
             )
         self._accounts[account] = nbytes

@@ -24,18 +24,28 @@ from hermes.model.rows import RowTable
 from hermes.model.units import Partition, Unit
 from hermes.pipeload import Load, Place
 
-__all__ = ["Binding", "BlockSource"]
+__all__ = ["HOST", "Binding", "BlockSource"]
 
 _Ranges = Sequence[tuple[int, tuple[int, int]]]
 """Blocks, and the rows of a matrix in each."""
 _Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
+Memory = Arena | torch.Tensor
+"""The host's, or a device's as bytes."""
+HOST = torch.device("cpu")
+
+
 class BlockSource(Protocol):
     """The engine, as seen from the model."""
 
-    ring: Arena
-    store: Arena
+    @property
+    def ring(self) -> Memory:
+        """The window."""
+
+    @property
+    def store(self) -> Memory:
+        """Where lies what stays."""
 
     @property
     def is_settled(self) -> bool:
@@ -65,6 +75,9 @@ class BlockSource(Protocol):
     def end_pass(self) -> None:
         """A sweep is over."""
 
+    def close(self) -> None:
+        """Stop all agents and drop the memory. Idempotent."""
+
 
 class Binding:
     """Ties a skeleton to an engine. One forward at a time; `detach` leaves it with placeholders.
@@ -78,6 +91,7 @@ class Binding:
         block_of_unit: number of the block that holds each unit.
         factory: makes the loads of single rows.
         demand: bytes that a pass takes besides weights, by the positional and the keyword arguments it is given.
+        device: that the source's memory belongs to, on which torch does all computing. Large matrices come whole there.
     """
 
     def __init__(
@@ -91,8 +105,10 @@ class Binding:
         block_of_unit: Sequence[int],
         factory: LoadFactory,
         demand: Callable[[Sequence[Any], Mapping[str, Any]], int] = lambda args, kwargs: 0,
+        device: torch.device = HOST,
     ) -> None:
         self._module = module
+        self._device = device
         self._demand = demand
         self._source = source
         self._blocks = blocks
@@ -113,7 +129,7 @@ class Binding:
             if unit.rows is None and isinstance(inner, nn.Linear) and self._is_product(inner, unit, block):
                 whole = (block, (0, inner.out_features))
                 self._replace(inner, self._linear_forward(inner, unit.module, [whole]))
-            elif unit.rows is None and is_turned_linear(inner) and self._is_matrix(unit):
+            elif self._device == HOST and unit.rows is None and is_turned_linear(inner) and self._is_matrix(unit):
                 self._replace(inner, self._turned_forward(inner, block))
             elif unit.rows is None:
                 self._replace(inner, self._unit_forward(inner, block))
@@ -126,7 +142,7 @@ class Binding:
         for name in partition.rowwise:
             embedding, weight = cast(nn.Embedding, modules[name]), weight_of(name)
             table = RowTable(embedding, weight, factory, source.fetch, tied.get(factory.canonical(weight)))
-            self._replace(embedding, _lookup_in(table))
+            self._replace(embedding, self._lookup_in(table))
         for home in factory.homes:
             home.watch(self._adopt)
         self._replace(module, self._pass_forward(module))
@@ -204,13 +220,15 @@ class Binding:
             places.append(Place(resident=True, offset=slot + load.data_offset))
             slot += load.slot_bytes
         self._source.fetch(wanted)
-        storage = _storage(arena)
+        storage = torch.frombuffer(arena.view, dtype=torch.uint8).to(self._device).untyped_storage()
         (bound,) = block.bound
         bound.bind(lambda _: storage, places)
         return cast(Bound, bound).live
 
     def _is_product(self, module: nn.Linear, unit: Unit, block: int) -> bool:
         """A linear layer that `product` computes, nothing but a matrix, or one that is quantised."""
+        if self._device != HOST:
+            return False
         if isinstance(self._blocks[block].matrices.get(unit.module), QuantizedRows):
             return True
         return is_plain_linear(module) and self._is_matrix(unit)
@@ -334,13 +352,13 @@ class Binding:
                 done = upto
         return True
 
+    def _lookup_in(self, table: RowTable) -> _Forward:
+        def forward(input: torch.Tensor) -> torch.Tensor:
+            return table.embed(input.to(HOST)).to(self._device)
 
-def _lookup_in(table: RowTable) -> _Forward:
-    def forward(input: torch.Tensor) -> torch.Tensor:
-        return table.embed(input)
-
-    return forward
+        return forward
 
 
-def _storage(arena: Arena) -> torch.UntypedStorage:
-    return torch.frombuffer(arena.view, dtype=torch.uint8).untyped_storage()
+def _storage(memory: Memory) -> torch.UntypedStorage:
+    flat = memory if isinstance(memory, torch.Tensor) else torch.frombuffer(memory.view, dtype=torch.uint8)
+    return flat.untyped_storage()

@@ -67,10 +67,17 @@ class Bound:
     back. A range of rows has no home: whoever asked for it takes `live`.
     """
 
-    def __init__(self, home: Home, loads: range, source: Source, rows: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        home: Home,
+        loads: range,
+        source: Source,
+        rows: tuple[int, int] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         tensor = home.tensor
         self.loads = loads
-        self.live: torch.Tensor = torch.empty(0, dtype=tensor.dtype)
+        self.live: torch.Tensor = torch.empty(0, dtype=tensor.dtype, device=device)
         if isinstance(tensor, nn.Parameter):
             self.live = nn.Parameter(self.live, requires_grad=False)
         self._home = home if rows is None else None
@@ -122,7 +129,7 @@ class Bound:
         dtype = torch_dtype(source.dtype)
         raw = []
         for load, shape in zip(self.loads, source.shapes, strict=True):
-            place, tensor = places[load], torch.empty(0, dtype=dtype)
+            place, tensor = places[load], torch.empty(0, dtype=dtype, device=self.live.device)
             tensor.set_(memory(place), place.offset // tensor.element_size(), shape, _contiguous_stride(shape))
             raw.append(tensor)
         return source.convert(raw).to(self.live.dtype).contiguous()
@@ -200,7 +207,8 @@ class LoadFactory:
     maps safetensors files into memory, so there a tensor lies as in its file; with `cache_lines`, it begins at a cache
     line, as whatever torch has allocated itself does.
 
-    The matrices of units that are in `stay_packed` come into memory as they lie on disk.
+    The matrices of units that are in `stay_packed` come into memory as they lie on disk. Parameters are bound over
+    memory of `device`, else the host's.
     """
 
     def __init__(
@@ -213,8 +221,10 @@ class LoadFactory:
         cache_lines: bool,
         packed: Mapping[int, PackedFile] | None = None,
         stay_packed: Set[str] = frozenset(),
+        device: torch.device | None = None,
     ) -> None:
         self._sources = sources
+        self._device = device
         self._packed = packed or {}
         self._stay_packed = stay_packed
         self._alignment = alignment
@@ -298,6 +308,14 @@ class LoadFactory:
         """Rows `begin` to `end` of a parameter."""
         return self._plain(name, (begin, end))
 
+    def parts(self, load: Load, most_bytes: int) -> list[Load]:
+        """`load` as loads of at most so many bytes each, in order; as it is where it cannot be read by rows."""
+        source, shape = self._sources[load.name], self._homes[load.name].tensor.shape
+        if load.nbytes <= most_bytes or source.convert is not None or len(source.extents) > 1:
+            return [load]
+        step = max(1, most_bytes * shape[0] // load.nbytes)
+        return [self.rows(load.name, begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step)]
+
     def _add_packed(self, name: str, rows: tuple[int, int] | None, loads: list[Load]) -> PackedRows:
         """A load of whole chunks, which are read straight into place."""
         extent, shape = self._rows_of(name, rows)
@@ -329,7 +347,7 @@ class LoadFactory:
             loads.append(self._plain(name, rows))
         else:
             loads += self._parts(name)
-        return Bound(self._homes[name], range(first, len(loads)), source, rows)
+        return Bound(self._homes[name], range(first, len(loads)), source, rows, self._device)
 
     def _parts(self, name: str) -> list[Load]:
         """One load for each extent of a parameter, as stored."""

@@ -26,7 +26,7 @@ from hermes.model.mapping import WeightMap, is_transformers_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AUTO_CLASSES", "build_skeleton", "finish_skeleton"]
+__all__ = ["AUTO_CLASSES", "build_skeleton", "finish_skeleton", "move_values"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,21 @@ def finish_skeleton(model: nn.Module, weights: WeightMap) -> None:
             f"no value for {', '.join(empty[:_NUM_NAMED])}{more}: on the meta device and not in the checkpoint; "
             "build the module on the CPU"
         )
+
+
+def move_values(module: nn.Module, device: torch.device) -> None:
+    """Put what is not on disk (buffers, initialised parameters) on a device; ties stay ties."""
+    moved: dict[int, torch.Tensor] = {}
+
+    def on_device(_: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        if tensor.is_meta:
+            return None
+        if id(tensor) not in moved:
+            there = tensor.detach().to(device)
+            moved[id(tensor)] = nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
+        return moved[id(tensor)]
+
+    _replace(module, on_device)
 
 
 def _config(directory: Path, trust_remote_code: bool, attn_implementation: str | None) -> Any:

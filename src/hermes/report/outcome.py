@@ -31,6 +31,7 @@ class Outcome:
         predicted_seconds: of as many passes.
         predicted_peak_bytes: of the process.
         plan: what the planner settled.
+        device: where it was computed, and what that took there; None on the CPU.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Outcome:
     predicted_seconds: float | None
     predicted_peak_bytes: int | None
     plan: dict[str, Any] | None
+    device: dict[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         """For JSON."""
@@ -63,6 +65,8 @@ class Outcome:
                 f"{self.plan['num_agents']} agents, window {format_bytes(self.plan['ring_bytes'])}, "
                 f"{format_bytes(self.plan['resident_bytes'])} resident; bound by {self.plan['bound']}"
             )
+        if self.device is not None:
+            lines.append(_device_line(self.device))
         peak = f"memory  peak {format_bytes(self.peak_bytes)}"
         if self.budget_bytes is not None and self.predicted_peak_bytes is not None and self.floor_bytes is not None:
             peak += (
@@ -82,6 +86,16 @@ class Outcome:
         if self.stall_seconds is not None:
             time += f", {format_seconds(self.stall_seconds)} waiting for weights"
         return [*lines, time]
+
+
+def _device_line(device: dict[str, Any]) -> str:
+    line = f"device  {device['name']}: peak {format_bytes(device['peak_bytes'])}"
+    if device["budget_bytes"] is None:
+        return line + "; weights in the memory it shares with the host"
+    return (
+        f"{line} of {format_bytes(device['budget_bytes'])}, {format_bytes(device['staying_bytes'])} of weights stay, "
+        f"window {format_bytes(device['ring_bytes'])}; {format_bytes(device['pass_bytes'])} copied in each pass"
+    )
 
 
 def seconds_per_pass(pass_seconds: Sequence[float]) -> float | None:

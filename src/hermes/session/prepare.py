@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from hermes.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from hermes.errors import ModelError, ProfileError
+from hermes.errors import InputError, ModelError, ProfileError
 from hermes.memory.probe import memory_split
+from hermes.model.binding import HOST
 from hermes.model.inputs import example_inputs, max_length
 from hermes.model.lean import lean_imports
 from hermes.model.mapping import WeightMap, map_weights
@@ -36,6 +37,8 @@ CODE_BYTES = 84 * 2**20
 """Of libraries, and of the kernel for two processes, without which tracing reads the same code again and again."""
 PROCESS_BYTES = 256 * 2**20
 """About what a process takes besides weights."""
+WHOLE_ROWS = 2**62
+"""No head has more."""
 FORWARDS = 100
 """What is loaded from Python is planned to be used many times; what is run from the shell, once."""
 
@@ -56,6 +59,7 @@ def prepare_model(
     fresh: bool = False,
     limit_bytes: int = 0,
     room_bytes: int = 0,
+    device: torch.device = HOST,
 ) -> Prepared:
     """Resolve, build and trace a transformers model. Reads headers and configuration, no weights.
 
@@ -63,10 +67,13 @@ def prepare_model(
     stored one, or with `fresh` none. With `limit_bytes` a run of this process within them is prepared: memory is found
     for it meanwhile (`Beside`). `room_bytes` is the budget of a plan that nobody runs yet. Where neither holds all
     weights, large matrices are cut into ranges of rows, if products of those round like the whole one's, and put
-    together where they do not; `matrix_bytes` cuts all that have more.
+    together where they do not; `matrix_bytes` cuts all that have more. For a `device` other than the CPU every
+    matrix stays whole: who knows how its kernels round.
 
     Raises CheckpointError, ModelError, ProfileError.
     """
+    on_host = device == HOST
+    fresh = fresh or not on_host  # what was measured, was measured on the CPU
     directory = resolve_model(model, revision=revision)
     if not directory.is_dir():
         raise ModelError(
@@ -74,6 +81,7 @@ def prepare_model(
             f"with a module of your own"
         )
     checkpoint = open_checkpoint(directory)
+    _check_device(checkpoint, device)
     likely = None if fresh or not limit_bytes else latest_profile(directory)
     with Beside(checkpoint, limit_bytes, workload, likely) as beside:
         with lean_imports():
@@ -102,7 +110,8 @@ def prepare_model(
             trace, tracing_bytes = _trace(skeleton, workload)
         all_fits = weight_bytes(skeleton, weights) + PROCESS_BYTES <= max(room_bytes, limit_bytes)
         gathers = (
-            matrix_bytes is None
+            on_host
+            and matrix_bytes is None
             and not all_fits
             and trace is not None
             and can_cut(skeleton, trace, workload, RANGE_BYTES)
@@ -115,12 +124,12 @@ def prepare_model(
             skeleton,
             weights,
             trace,
-            head_rows=head_rows,
-            matrix_bytes=matrix_bytes,
+            head_rows=head_rows if on_host else WHOLE_ROWS,
+            matrix_bytes=matrix_bytes if on_host else None,
             gathers=gathers,
             shares=shares,
         )
-        prepared = _prepared(skeleton, checkpoint, weights, trace, workload, directory, parts)
+        prepared = _prepared(skeleton, checkpoint, weights, trace, workload, directory, parts, device)
         if known is not None and not _covers(known, prepared, must=profile is not None):
             known = None
         warmed = beside.stop() if limit_bytes else None
@@ -166,17 +175,21 @@ def prepare_module(
     kwargs: Mapping[str, Any] | None = None,
     head_rows: int = HEAD_ROWS,
     matrix_bytes: int | None = None,
+    device: torch.device = HOST,
 ) -> Prepared:
     """The same for any module and its state-dict file; with example inputs its pass is traced, else it is found out."""
     path = resolve_model(checkpoint)
     opened = open_checkpoint(path)
+    _check_device(opened, device)
     weights = map_weights(module, opened)
     finish_skeleton(module, weights)
     found, tracing_bytes = trace_apart(module, args, kwargs or {}) if args or kwargs else (None, 0)
     workload = Workload(sequence_length=1, num_forwards=FORWARDS)
     shares = row_shares(dtype_name(module))
+    if device != HOST:
+        head_rows, matrix_bytes = WHOLE_ROWS, None
     parts = partition(module, weights, found, head_rows=head_rows, matrix_bytes=matrix_bytes, shares=shares)
-    prepared = _prepared(module, opened, weights, found, workload, path, parts)
+    prepared = _prepared(module, opened, weights, found, workload, path, parts, device)
     return replace(prepared, preparing_bytes=_preparing_bytes(tracing_bytes))
 
 
@@ -188,6 +201,7 @@ def _prepared(
     workload: Workload,
     source: Path,
     parts: Partition,
+    device: torch.device,
 ) -> Prepared:
     if found is None:
         logger.info("control flow depends on values (or no example input was given): the first pass finds the order")
@@ -199,4 +213,13 @@ def _prepared(
         partition=parts,
         workload=workload,
         source=source,
+        device=device,
     )
+
+
+def _check_device(checkpoint: Checkpoint, device: torch.device) -> None:
+    if device != HOST and checkpoint.quantized:
+        raise InputError(
+            f"device {device.type}: quantised matrices are multiplied by kernels of the CPU; "
+            "use the unquantised model there"
+        )

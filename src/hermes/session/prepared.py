@@ -13,6 +13,7 @@ from torch import nn
 from hermes.checkpoint import Checkpoint, Reader, open_reader
 from hermes.memory.arena import Arena
 from hermes.memory.warm import Warmed
+from hermes.model.binding import HOST
 from hermes.model.blocks import Block, LoadFactory, torch_dtype
 from hermes.model.inputs import vocabulary_size
 from hermes.model.mapping import WeightMap, is_plain_linear, is_transformers_model
@@ -23,7 +24,7 @@ from hermes.model.units import GRANULARITIES, Granularity, Partition, Unit, grou
 from hermes.plan import Bandwidth, Problem, UnitCost
 from hermes.profile import BlockSample, Profile
 from hermes.session.ranges import knows_ranges, matrix_bytes_of, unpacked_bytes
-from hermes.session.workload import Workload, heap_bytes
+from hermes.session.workload import HEAP_SLACK_BYTES, Workload, heap_bytes
 
 __all__ = ["Prepared", "dtype_name", "weight_bytes"]
 
@@ -50,6 +51,8 @@ class Prepared:
     """That this process and the child that traced the model had between them; 0 if nothing was traced apart."""
     warmed: Warmed | None = None
     """Memory that was found meanwhile, where a limit was given; not a part of the floor."""
+    device: torch.device = HOST
+    """That it is going to compute on."""
 
     def lend(self, nbytes: int) -> Arena:
         """Memory for a moment: what was found for the weights, before they are there."""
@@ -62,7 +65,9 @@ class Prepared:
 
     @property
     def heap_bytes(self) -> int:
-        """What the workload takes besides weights."""
+        """What the workload takes of the host's memory besides weights."""
+        if self.device != HOST:
+            return HEAP_SLACK_BYTES + self._row_bytes + (PACKED_HEAP_BYTES if self.checkpoint.packed else 0)
         nbytes = heap_bytes(
             self.workload,
             self.trace,
@@ -73,6 +78,20 @@ class Prepared:
         prompt_tokens = self.workload.batch_size * self.workload.sequence_length
         nbytes += max(self.gathered_bytes(tokens) for tokens in (prompt_tokens, self.workload.batch_size))
         return nbytes + (QUANTIZED_HEAP_BYTES if self.checkpoint.quantized else 0)
+
+    @property
+    def device_heap_bytes(self) -> int:
+        """What the workload takes of a device's own memory besides weights.
+
+        The slack is for its libraries' buffers, and for passes that are a little larger than was planned.
+        """
+        return self.device_activation_bytes + HEAP_SLACK_BYTES
+
+    @property
+    def device_activation_bytes(self) -> int:
+        """The same without slack."""
+        vocabulary = vocabulary_size(self.module)
+        return heap_bytes(self.workload, self.trace, vocabulary_size=vocabulary, row_bytes=0) - HEAP_SLACK_BYTES
 
     @cached_property
     def gathered_bytes(self) -> Callable[[int], int]:
@@ -137,12 +156,13 @@ class Prepared:
             cache_lines=not is_transformers_model(self.module),
             packed=self.checkpoint.packed,
             stay_packed=self._stay_packed,
+            device=self.device,
         )
 
     @cached_property
     def _stay_packed(self) -> frozenset[str]:
         """Matrices that stay packed in memory: those of linear layers in a model that generates, a token at a time."""
-        if not self.checkpoint.packed or not self.workload.max_new_tokens:
+        if not self.checkpoint.packed or not self.workload.max_new_tokens or self.device != HOST:
             return frozenset()
         units = [unit for unit in self.partition.units if len(unit.parameters) == 1]
         return frozenset(unit.parameters[0] for unit in units if self._can_stay_packed(unit))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, cast
 
-import torch
 from torch import nn
 
 from hermes.checkpoint.readers import Reader
@@ -19,10 +18,12 @@ from hermes.model.binding import Binding, BlockSource
 from hermes.model.kernels import settle_functions
 from hermes.model.mapping import is_plain_linear
 from hermes.model.product import try_order
+from hermes.model.skeleton import move_values
 from hermes.model.units import Granularity
 from hermes.plan import Plan
 from hermes.session.demand import demand_of
 from hermes.session.prepared import Prepared
+from hermes.session.target import Target
 
 __all__ = ["MARGIN_BYTES", "Session", "attach", "memory_limit", "start_session"]
 
@@ -52,6 +53,8 @@ class Session:
         stats: what was measured so far.
         ledger: reservations under the budget.
         engine: what moves the weights.
+        target: the device that the model computes on; None on the CPU.
+        source: what the model pulls its blocks through.
     """
 
     prepared: Prepared
@@ -59,6 +62,8 @@ class Session:
     stats: EngineStats
     ledger: Ledger
     engine: Engine
+    source: BlockSource
+    target: Target | None = None
     _close: Callable[[], None]
 
     def close(self) -> None:
@@ -82,19 +87,24 @@ def start_session(
     source: Callable[[Engine], BlockSource] = lambda engine: engine,
     agents: LoadingAgents | None = None,
     urgency: Callable[[], float] = lambda: 0.0,
+    target: Target | None = None,
 ) -> Session:
     """Take the memory (first what was found for it), start the agents, bind the model; the reader is closed with it.
 
     With a `quota` the session is one of several in a budget: weights, window and buffers are reserved there, and floor
     and heap are the business of whoever gave it, who also watches real memory. `source` is what the model pulls its
     blocks through: the engine itself, or something around it that decides whose turn it is. `agents` read for several
-    sessions, the one with the lowest number of `urgency` first; without them the session has its own.
+    sessions, the one with the lowest number of `urgency` first; without them the session has its own. With a `target`
+    the model computes there, and pulls its blocks through the target's own source.
 
     Raises:
         BudgetError: the plan does not fit its own limit any more.
         ReadError: the pinned weights could not be read.
     """
-    settle_functions()
+    if target is None:
+        settle_functions()
+    else:
+        move_values(prepared.module, target.device.device)
     factory = prepared.factory(reader.alignment, plan.piece_bytes)
     blocks, block_of_unit = prepared.blocks(factory, cast(Granularity, plan.granularity))
     pinned = factory.pinned(prepared.partition.pinned)
@@ -107,8 +117,10 @@ def start_session(
         ledger.reserve("heap", plan.heap_bytes)
         ledger.reserve("margin", min(MARGIN_BYTES, ledger.free_bytes))
     num_in_pass = prepared.partition.num_in_pass
+    blocks_in_pass = block_of_unit[num_in_pass - 1] + 1 if num_in_pass else None
+    take_memory: Callable[[int], Arena] = Arena if warmed is None else warmed.take
     engine = Engine(
-        [block.loads for block in blocks],
+        [block.loads for block in blocks] if target is None else target.loads_of(blocks),
         pinned=pinned.loads,
         reader=reader,
         ledger=ledger,
@@ -119,35 +131,41 @@ def start_session(
             num_agents=plan.num_agents,
             buffer_bytes=factory.buffer_bytes if bounced else 0,
             ahead=not plan.sequential,
-            blocks_in_pass=block_of_unit[num_in_pass - 1] + 1 if num_in_pass else None,
+            blocks_in_pass=blocks_in_pass,
             limit_bytes=plan.limit_bytes - MARGIN_BYTES // 2 if quota is None else None,
             elastic=quota is not None,
             record=record,
         ),
-        take_memory=Arena if warmed is None else warmed.take,
+        take_memory=take_memory if target is None else target.device.host_memory,
         agents=agents,
         urgency=urgency,
     )
     if warmed is not None:
         warmed.close()
+    pulled: BlockSource = engine
     try:
+        if target is not None:
+            pulled = target.source(engine, blocks=blocks, pinned=pinned, factory=factory, blocks_in_pass=blocks_in_pass)
+        else:
+            pulled = source(engine)
         binding = Binding(
             prepared.module,
-            source(engine),
+            pulled,
             blocks=blocks,
             pinned=pinned,
             partition=prepared.partition,
             block_of_unit=block_of_unit,
             factory=factory,
-            demand=demand_of(prepared, plan.heap_bytes),
+            demand=demand_of(prepared, plan.heap_bytes if target is None else prepared.device_activation_bytes),
+            device=prepared.device,
         )
     except BaseException:
-        engine.close()
+        pulled.close()
         raise
     detach = weakref.WeakMethod(binding.detach)
 
     def close() -> None:
-        engine.close()
+        pulled.close()
         if (method := detach()) is not None:
             method()
 
@@ -156,10 +174,19 @@ def start_session(
     except BaseException:
         close()
         raise
-    if quota is None:
+    if quota is None and target is None:
         _get_ready(prepared, plan)
-    weakref.finalize(prepared.module, engine.close)
-    return Session(prepared=prepared, plan=plan, stats=engine.stats, ledger=ledger, engine=engine, _close=close)
+    weakref.finalize(prepared.module, pulled.close)
+    return Session(
+        prepared=prepared,
+        plan=plan,
+        stats=engine.stats,
+        ledger=ledger,
+        engine=engine,
+        target=target,
+        source=pulled,
+        _close=close,
+    )
 
 
 def _get_ready(prepared: Prepared, plan: Plan) -> None:
@@ -173,7 +200,7 @@ def _get_ready(prepared: Prepared, plan: Plan) -> None:
 
 
 def attach(module: nn.Module, session: Session) -> nn.Module:
-    """Make `module` carry its session as `module.hermes`, be on the CPU, and close with a `with` block."""
+    """Make `module` carry its session as `module.hermes`, say where it computes, and close with a `with` block."""
 
     def enter(self: Any) -> Any:
         return self
@@ -188,7 +215,7 @@ def attach(module: nn.Module, session: Session) -> nn.Module:
         "__enter__": enter, "__exit__": leave, "__module__": cls.__module__, "__qualname__": cls.__qualname__
     }  # fmt: skip
     if hasattr(cls, "device"):  # where transformers puts inputs; the placeholders' would be the meta device
-        namespace["device"] = torch.device("cpu")
+        namespace["device"] = session.prepared.device
     module.__class__ = type(cls.__name__, (cls,), namespace)
     object.__setattr__(module, "hermes", session)
     return module

@@ -51,7 +51,7 @@ def classify_images(model: Any, pixels: torch.Tensor, *, top_k: int = 5) -> list
         InputError: the model gives no scores.
     """
     with torch.no_grad():
-        logits = getattr(model(pixel_values=pixels.to(model.dtype)), "logits", None)
+        logits = getattr(model(pixel_values=pixels.to(model.device, model.dtype)), "logits", None)
     if logits is None:
         raise InputError(f"{type(model).__name__} gives no scores for labels; it is not an image classifier")
     names = model.config.id2label

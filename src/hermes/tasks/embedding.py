@@ -58,7 +58,8 @@ def embed_texts(
     """
     if pool not in POOLS:
         raise InputError(f"unknown pool {pool!r}; choose from {', '.join(POOLS)}")
-    inputs = encode_for_embedding(tokenizer, texts, model.config.to_dict())
+    encoded = encode_for_embedding(tokenizer, texts, model.config.to_dict())
+    inputs = {name: value.to(model.device) for name, value in encoded.items()}
     with torch.no_grad():
         hidden = getattr(model(**inputs), "last_hidden_state", None)
     if hidden is None:

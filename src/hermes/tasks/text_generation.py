@@ -120,7 +120,7 @@ def generate_text(
     if options.seed is not None:
         torch.manual_seed(options.seed)
     output = model.generate(
-        **{name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")},
+        **{name: value.to(model.device) for name, value in inputs.items() if name in ("input_ids", "attention_mask")},
         max_new_tokens=options.max_new_tokens,
         do_sample=options.do_sample,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,8 +1,9 @@
 """What stands between a model and its engine, and changes nothing: a start for those who do."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from hermes.engine import Engine
+from hermes.engine.engine import Engine
 from hermes.memory.arena import Arena
 from hermes.pipeload import Load, Place
 
@@ -14,8 +15,8 @@ class EngineSource:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.ring: Arena = engine.ring
-        self.store: Arena = engine.store
+        self.ring: Any = engine.ring
+        self.store: Any = engine.store
 
     def start(self) -> list[Place]:
         """As the engine's."""
@@ -53,3 +54,7 @@ class EngineSource:
     def end_pass(self) -> None:
         """As the engine's."""
         self._engine.end_pass()
+
+    def close(self) -> None:
+        """As the engine's."""
+        self._engine.close()

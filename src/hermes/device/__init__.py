@@ -1,0 +1,17 @@
+from hermes.device.device import DRIVERS, Device, Driver, find_device
+from hermes.device.plan import DevicePlan, plan_device
+from hermes.device.rates import Rates, measure_rates
+from hermes.device.source import DeviceSource, UnifiedSource
+
+__all__ = [
+    "DRIVERS",
+    "Device",
+    "DevicePlan",
+    "DeviceSource",
+    "Driver",
+    "Rates",
+    "UnifiedSource",
+    "find_device",
+    "measure_rates",
+    "plan_device",
+]
