@@ -252,6 +252,8 @@ def open_session(
     options["device"] = _device(device, device_budget)
     with put_off_collections():
         limit_bytes = memory_limit(budget_bytes)
+        if options["device"] != HOST:
+            limit_bytes = 0  # memory that is found beside the preparations is not the kind that a device knows
         prepared = _prepare(model, workload, {**options, "profile": profile, "limit_bytes": limit_bytes})
         session = _start(
             prepared,

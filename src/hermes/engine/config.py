@@ -21,6 +21,7 @@ class EngineConfig:
         limit_bytes: the process's resident set above which resident weights are given back; None where the owner of
             several engines watches it, and calls `resize`.
         elastic: `resize` may let more loads stay.
+        gives_back: False where weights that stay must not move: a device computes from where they lie.
         record: keep a span for each read and each block.
     """
 
@@ -33,4 +34,5 @@ class EngineConfig:
     blocks_in_pass: int | None = None
     limit_bytes: int | None
     elastic: bool = False
+    gives_back: bool = True
     record: bool = False

@@ -54,6 +54,7 @@ class Holdings:
         self._stats = stats
         self._take_in = take_in
         self._before_evicting = before_evicting
+        self._gives_back = config.gives_back
         self._heap_bytes = 0  # that passes were found to take; reserved as far as there is room yet
 
     @property
@@ -62,7 +63,12 @@ class Holdings:
         return self.residents.store
 
     def evict(self, nbytes: int, *, at_once: bool = False) -> int:
-        """Give packed weights back, then resident ones, until `nbytes` are free; the bytes that are, or will be."""
+        """Give packed weights back, then resident ones, until `nbytes` are free; the bytes that are, or will be.
+
+        None of them where the configuration says that they stay.
+        """
+        if not self._gives_back:
+            return 0
         if nbytes > 0:
             self._before_evicting()
         freed = self.shelf.evict(nbytes)

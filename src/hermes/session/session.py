@@ -134,6 +134,7 @@ def start_session(
             blocks_in_pass=blocks_in_pass,
             limit_bytes=plan.limit_bytes - MARGIN_BYTES // 2 if quota is None else None,
             elastic=quota is not None,
+            gives_back=target is None or not target.device.is_unified,
             record=record,
         ),
         take_memory=take_memory if target is None else target.device.host_memory,
