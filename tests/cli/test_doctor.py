@@ -40,9 +40,10 @@ def test_json_with_a_model(small, tmp_path, capsys, monkeypatch):
     assert sorted(model.iterdir()) == before
 
 
-def test_the_floor_is_measured_in_a_process_of_its_own():
+def test_the_floor_is_that_of_a_run():
     floor = module._floor()
-    assert 50 << 20 < sum(floor[name] for name in ("anon_bytes", "file_bytes", "shmem_bytes")) < 4 << 30
+    # A run imports no compiler and gives back what only loading needed: 210-230 MiB with this torch; 350 without.
+    assert 50 << 20 < sum(floor[name] for name in ("anon_bytes", "file_bytes", "shmem_bytes")) < 260 << 20
     assert floor["threads"] >= 1
 
 

@@ -48,13 +48,18 @@ _SIMD = (
 )
 #: What a run has before its first weight: the interface, one family's modelling code, kernels and their threads.
 _FLOOR_SCRIPT = """
-import dataclasses, json, torch
-import hermes.api
-from transformers.models.bert import modeling_bert
+import dataclasses, json
 from hermes.memory.allocator import keep_heap_tight
-from hermes.memory.probe import memory_split
-from hermes.profile import calibrate_compute
 keep_heap_tight()
+import torch
+import hermes.api
+from hermes.memory.pages import drop_idle_pages
+from hermes.memory.probe import memory_split
+from hermes.model.lean import lean_imports
+from hermes.profile import calibrate_compute
+with lean_imports():
+    from transformers.models.bert import modeling_bert
+drop_idle_pages()
 calibrate_compute(torch.float32, 128)
 split = dataclasses.asdict(memory_split())
 print(json.dumps({**split, "torch": torch.__version__, "threads": torch.get_num_threads()}))
