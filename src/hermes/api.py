@@ -292,14 +292,14 @@ def settle_on_device(
     **choices: Any,
 ) -> tuple[Plan, Target]:
     """The same for the device that the model was prepared for: how its memory is used, and the plan for the rest."""
-    target = aim_at(
+    target, compute = aim_at(
         Device(str(prepared.device)),
         prepared,
         prepared.factory(reader.alignment, PLANNING_PIECE_BYTES),
         budget_bytes=None if device_budget is None else parse_bytes(device_budget),
         granularity=granularity,
     )
-    problem, _ = pose_problem(prepared, reader, target.compute)
+    problem, _ = pose_problem(prepared, reader, compute)
     settled = make_plan(
         target.rest_of(problem),
         budget_bytes=budget_bytes,

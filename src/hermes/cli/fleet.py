@@ -44,7 +44,7 @@ def run(
     keep_heap_tight()
     from hermes.fleet import Fleet
 
-    with Fleet(budget=settled, policy=policy or asked.policy) as running:
+    with Fleet(budget=settled, policy=policy or asked.policy, device=asked.device) as running:
         calls = {name: _add(running, name, entry) for name, entry in asked.models.items()}
         running.start()
         clients = [
@@ -76,17 +76,18 @@ def _add(running: "Fleet", name: str, entry: ModelEntry) -> list[Callable[[Any],
     """Bring a model in; its requests, which are taken in turn."""
     options: dict[str, Any] = {"importance": entry.importance, "deadline_seconds": entry.deadline}
     if entry.model is not None:
-        from hermes.model.inputs import example_inputs
+        from hermes.model.inputs import example_inputs, moved
 
         running.add(name, entry.model, batch_size=entry.batch, sequence_length=entry.seq, **options)
 
         def call(model: Any) -> Any:
-            return model(**(example_inputs(model, batch_size=entry.batch, sequence_length=entry.seq) or {}))
+            inputs = example_inputs(model, batch_size=entry.batch, sequence_length=entry.seq) or {}
+            return model(**moved(inputs, running.device))
 
         return [call]
     inputs = _inputs(entry)
     running.add(name, _module(entry.module or ""), entry.weights, example_args=(inputs[0],), **options)
-    return [_call(one) for one in inputs]
+    return [_call(one.to(running.device)) for one in inputs]
 
 
 def _call(one: Any) -> Callable[[Any], Any]:

@@ -47,6 +47,7 @@ class FleetFile:
     models: Mapping[str, ModelEntry]
     budget: str | None = None
     policy: str = "auto"
+    device: str = "cpu"
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -64,9 +65,9 @@ def read_fleet_file(path: Path) -> FleetFile:
     models = content.pop("models", None)
     if not isinstance(models, dict) or not models:
         raise InputError(f"{path}: no models; add a table [models.NAME] for each")
-    unknown = sorted(set(content) - {"budget", "policy"})
+    unknown = sorted(set(content) - {"budget", "policy", "device"})
     if unknown:
-        raise InputError(f"{path}: unknown key {unknown[0]}; there are budget, policy and [models.NAME]")
+        raise InputError(f"{path}: unknown key {unknown[0]}; there are budget, policy, device and [models.NAME]")
     if "budget" in content:
         parse_bytes(content["budget"])
     return FleetFile(models={name: _entry(f"{path}: {name}", table, path.parent) for name, table in models.items()},

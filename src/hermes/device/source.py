@@ -14,15 +14,18 @@ import copy
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 
 from hermes.device.device import Device
 from hermes.device.plan import DevicePlan, slot_offsets
-from hermes.engine import Engine, EngineSource
+from hermes.engine import Engine
 from hermes.errors import EngineError, HermesError
 from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
+from hermes.model.binding import BlockSource
+from hermes.model.source import SourceAround
 from hermes.pipeload import (
     BlockDone,
     BlockWanted,
@@ -41,7 +44,7 @@ STAGING_BYTES = 32 * 2**20
 """Of the host's, through which weights that stay on the device come to it, before the first pass."""
 
 
-class DeviceSource(EngineSource):
+class DeviceSource(SourceAround):
     """`BlockSource` of a model whose weights are copied to a device with memory of its own.
 
     Args:
@@ -70,6 +73,7 @@ class DeviceSource(EngineSource):
         blocks_in_pass: int | None = None,
     ) -> None:
         super().__init__(engine)
+        self._engine = engine
         self.copied_bytes = 0
         self.ledger = Ledger(plan.budget_bytes, "--device-budget")
         for account, nbytes in (
@@ -91,8 +95,8 @@ class DeviceSource(EngineSource):
         for block in sorted(plan.stays):
             self._begins[block] = begin
             begin += layouts[block][1]
-        self.ring = device.empty(plan.ring_bytes)
-        self.store = device.empty(begin)
+        self.ring: torch.Tensor = device.empty(plan.ring_bytes)
+        self.store: torch.Tensor = device.empty(begin)
         self._host_ring, self._host_store = _bytes(engine.ring), _bytes(engine.store)
         self._pipeline = Pipeline(
             [[] if block in plan.stays else [nbytes] for block, (_, nbytes) in enumerate(layouts)],
@@ -307,47 +311,41 @@ class DeviceSource(EngineSource):
         self._engine.release()
 
 
-class UnifiedSource(EngineSource):
-    """`BlockSource` of a model on a device that shares the host's memory: the engine's own, seen from there.
+class UnifiedSource(SourceAround):
+    """`BlockSource` of a model on a device that shares the host's memory: another one, seen from there.
 
     The device computes behind the Inference Agent's back: before what streams is let go of, it must be done with it.
     """
 
-    def __init__(self, engine: Engine, device: Device) -> None:
-        super().__init__(engine)
+    def __init__(self, source: BlockSource, device: Device) -> None:
+        super().__init__(source)
         self._device = device
-        self.ring = device.view(engine.ring)
-        self.store = device.view(engine.store)
+        self.ring = device.view(cast(Arena, source.ring))
+        self.store = device.view(cast(Arena, source.store))
         self._streams = False  # what is held
 
     def want(self, block: int) -> tuple[Place, ...]:
-        """As the engine's, once the device is done with what was held."""
+        """As the other's, once the device is done with what was held."""
         self._leave()
         self._streams = True
-        return self._engine.want(block)
-
-    @property
-    def is_settled(self) -> bool:
-        """As the engine's."""
-        return self._engine.is_settled
+        return self._source.want(block)
 
     def hold(self, block: int) -> bool:
         """Likewise."""
-        if not self._engine.stays(block):
-            return False
         self._leave()
-        return self._engine.hold(block)
+        return self._source.hold(block)
 
     def end_pass(self) -> None:
-        """Likewise."""
-        self._leave()
-        self._engine.end_pass()
+        """Likewise, once the device has done it."""
+        self._streams = False
+        self._device.synchronize()
+        self._source.end_pass()
 
     def close(self) -> None:
         """Wait for the device, and close the engine. Idempotent."""
         self._device.synchronize()
         self.ring = self.store = torch.empty(0, dtype=torch.uint8)
-        self._engine.close()
+        self._source.close()
 
     def _leave(self) -> None:
         if self._streams:

@@ -6,7 +6,6 @@ It moves bytes; what they mean is the caller's business (`hermes.model` binds th
 from hermes.engine.agents import LoadingAgents
 from hermes.engine.config import EngineConfig
 from hermes.engine.engine import Engine
-from hermes.engine.source import EngineSource
 from hermes.engine.stats import EngineStats, Span
 
-__all__ = ["Engine", "EngineConfig", "EngineSource", "EngineStats", "LoadingAgents", "Span"]
+__all__ = ["Engine", "EngineConfig", "EngineStats", "LoadingAgents", "Span"]

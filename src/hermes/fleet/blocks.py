@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from hermes.api import settle_plan
-from hermes.engine import Engine, EngineSource
+from hermes.engine import Engine
 from hermes.errors import EngineError, InputError
 from hermes.memory.allocator import keep_heap_tight
+from hermes.model.source import SourceAround
 from hermes.pipeload import Place, smallest_ring
 from hermes.session import MARGIN_BYTES, prepare_module, start_session
 from hermes.units import format_bytes, parse_bytes
@@ -244,12 +245,21 @@ class _Gate:
                 self._changed.wait()
 
 
-class _GatedSource(EngineSource):
+class _GatedSource(SourceAround):
     """An engine behind the gate."""
 
     def __init__(self, engine: Engine, gate: _Gate) -> None:
         super().__init__(engine)
         self._gate = gate
+
+    @property
+    def is_settled(self) -> bool:
+        """Never, so that the gate is asked before each block."""
+        return False
+
+    def hold(self, block: int) -> bool:
+        """Never, likewise."""
+        return False
 
     def want(self, block: int) -> tuple[Place, ...]:
         """As the engine's, once the gate is open."""

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from hermes.device import find_device
 from hermes.engine import LoadingAgents
 from hermes.errors import BudgetError, InputError
 from hermes.fleet.lanes import Lanes, drop_kernel_threads
@@ -22,8 +23,9 @@ from hermes.fleet.worker import Worker
 from hermes.memory.allocator import hold_heap, keep_heap_tight
 from hermes.memory.pages import Code, code_in_use, drop_idle_pages, fetch_code
 from hermes.memory.probe import peak_resident_bytes, resident_bytes
+from hermes.model.binding import HOST
 from hermes.model.blocks import Block
-from hermes.model.inputs import example_inputs
+from hermes.model.inputs import example_inputs, moved
 from hermes.session import (
     MARGIN_BYTES,
     UNTRACED_HEAP_BYTES,
@@ -32,6 +34,7 @@ from hermes.session import (
     memory_limit,
     prepare_model,
     prepare_module,
+    shared_target,
 )
 from hermes.units import parse_bytes
 
@@ -61,21 +64,31 @@ class Fleet:
             round.
         max_active: requests that may be under way at once (their activations are all in memory); None: what is best.
         elastic: lend the bytes of models without requests to those that have some.
+        device: to compute on; one that shares the host's memory ("cuda" on a Jetson). Weights stay where they are
+            there, nothing is lent. Inputs are given on it; example inputs anywhere.
 
     Raises InputError, BudgetError.
     """
 
     def __init__(
-        self, *, budget: str | int, policy: str = "auto", max_active: int | None = None, elastic: bool = True
+        self,
+        *,
+        budget: str | int,
+        policy: str = "auto",
+        max_active: int | None = None,
+        elastic: bool = True,
+        device: str = "cpu",
     ) -> None:
         self.budget_bytes = parse_bytes(budget)
+        self.device = find_device(device)
+        shared_target(self.device)  # or it is refused
         if policy not in (*POLICIES, "auto"):
             raise InputError(f"policy {policy!r} is none of {', '.join(POLICIES)}, auto")
         keep_heap_tight()
         hold_heap(self.budget_bytes)  # while models are measured, as they will run
         self._policy: Policy | None = next((name for name in POLICIES if name == policy), None)
         self._max_active = max_active
-        self._elastic = elastic
+        self._elastic = elastic and self.device == HOST
         self._candidates: dict[str, Candidate] = {}
         self._prepared: dict[str, Prepared] = {}
         self._workers: dict[str, Worker] = {}
@@ -134,20 +147,25 @@ class Fleet:
                 if checkpoint is None or not (example_args or example_kwargs):
                     raise InputError(f"{name}: a module needs its checkpoint and example_args, to be measured with")
                 prepared = prepare_module(
-                    model.eval(), checkpoint, args=example_args, kwargs=example_kwargs, matrix_bytes=matrix_bytes
+                    model.eval(),
+                    checkpoint,
+                    args=example_args,
+                    kwargs=example_kwargs,
+                    matrix_bytes=matrix_bytes,
+                    device=self.device,
                 )
                 kwargs = dict(example_kwargs or {})
             else:
                 workload = Workload(
                     batch_size=batch_size, sequence_length=sequence_length, max_new_tokens=max_new_tokens
                 )
-                prepared = prepare_model(model, workload=workload, matrix_bytes=matrix_bytes)
+                prepared = prepare_model(model, workload=workload, matrix_bytes=matrix_bytes, device=self.device)
                 kwargs = example_inputs(prepared.module, batch_size=batch_size, sequence_length=sequence_length) or {}
             was = self._candidates
             try:
                 if self._shares is not None:
                     self._make_room(prepared)
-                call = _forward(example_args, kwargs)
+                call = _forward(*moved((example_args, kwargs), self.device))
                 self._candidates = {
                     **was,
                     name: measure_candidate(

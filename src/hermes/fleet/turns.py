@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from hermes.engine import Engine, EngineSource
+from hermes.engine import Engine
 from hermes.fleet.lanes import Lanes
 from hermes.fleet.schedule import (
     Arrived,
@@ -19,6 +19,7 @@ from hermes.fleet.schedule import (
     Ready,
     Schedule,
 )
+from hermes.model.source import SourceAround
 from hermes.pipeload import Place
 
 __all__ = ["TurnSource", "Turns"]
@@ -143,7 +144,7 @@ class Turns:
                     self._lanes.go(order.model, self._serve[order.model])
 
 
-class TurnSource(EngineSource):
+class TurnSource(SourceAround):
     """An engine as its model sees it in a fleet: at each block boundary others may come first.
 
     The turn is given up while a block is on its way, so that one model's disk hides behind another's computation.
@@ -151,7 +152,7 @@ class TurnSource(EngineSource):
 
     def __init__(self, engine: Engine, turns: Turns, model: str) -> None:
         super().__init__(engine)
-        self._turns, self._model = turns, model
+        self._engine, self._turns, self._model = engine, turns, model
 
     @property
     def is_settled(self) -> bool:

@@ -6,8 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
-__all__ = ["PassShape", "example_inputs", "max_length", "pass_shape", "vocabulary_size"]
+__all__ = [
+    "PassShape",
+    "example_inputs",
+    "max_length",
+    "moved",
+    "pass_shape",
+    "vocabulary_size",
+]
 
 
 _TEXT_INPUTS = ("decoder_input_ids", "input_ids", "inputs_embeds")
@@ -91,3 +99,8 @@ def vocabulary_size(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     text = getattr(config, "text_config", None)
     return int(getattr(config, "vocab_size", 0) or getattr(text, "vocab_size", 0) or 0)
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """Arguments of a call with every tensor in them on a device."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)

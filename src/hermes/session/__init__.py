@@ -6,7 +6,7 @@ from hermes.session.measure import measure_calls, measure_profile
 from hermes.session.prepare import FORWARDS, prepare_model, prepare_module
 from hermes.session.prepared import Prepared
 from hermes.session.session import MARGIN_BYTES, Session, attach, memory_limit, start_session
-from hermes.session.target import Target, aim_at
+from hermes.session.target import Target, aim_at, shared_target
 from hermes.session.workload import HEAP_SLACK_BYTES, UNTRACED_HEAP_BYTES, Workload
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "memory_limit",
     "prepare_model",
     "prepare_module",
+    "shared_target",
     "start_session",
     "touch_when_warm",
 ]

@@ -13,7 +13,7 @@ from hermes.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from hermes.errors import InputError, ModelError, ProfileError
 from hermes.memory.probe import memory_split
 from hermes.model.binding import HOST
-from hermes.model.inputs import example_inputs, max_length
+from hermes.model.inputs import example_inputs, max_length, moved
 from hermes.model.lean import lean_imports
 from hermes.model.mapping import WeightMap, map_weights
 from hermes.model.skeleton import build_skeleton, finish_skeleton
@@ -183,7 +183,8 @@ def prepare_module(
     _check_device(opened, device)
     weights = map_weights(module, opened)
     finish_skeleton(module, weights)
-    found, tracing_bytes = trace_apart(module, args, kwargs or {}) if args or kwargs else (None, 0)
+    args, kwargs = moved((args, dict(kwargs or {})), HOST)  # where it is traced
+    found, tracing_bytes = trace_apart(module, args, kwargs) if args or kwargs else (None, 0)
     workload = Workload(sequence_length=1, num_forwards=FORWARDS)
     shares = row_shares(dtype_name(module))
     if device != HOST:

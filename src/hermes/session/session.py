@@ -23,7 +23,7 @@ from hermes.model.units import Granularity
 from hermes.plan import Plan
 from hermes.session.demand import demand_of
 from hermes.session.prepared import Prepared
-from hermes.session.target import Target
+from hermes.session.target import Target, shared_target
 
 __all__ = ["MARGIN_BYTES", "Session", "attach", "memory_limit", "start_session"]
 
@@ -94,17 +94,19 @@ def start_session(
     With a `quota` the session is one of several in a budget: weights, window and buffers are reserved there, and floor
     and heap are the business of whoever gave it, who also watches real memory. `source` is what the model pulls its
     blocks through: the engine itself, or something around it that decides whose turn it is. `agents` read for several
-    sessions, the one with the lowest number of `urgency` first; without them the session has its own. With a `target`
-    the model computes there, and pulls its blocks through the target's own source.
+    sessions, the one with the lowest number of `urgency` first; without them the session has its own. `target` is the
+    device that the model was prepared for; one that shares the host's memory needs none to be given.
 
     Raises:
         BudgetError: the plan does not fit its own limit any more.
         ReadError: the pinned weights could not be read.
     """
+    target = target or shared_target(prepared.device)
     if target is None:
         settle_functions()
     else:
         move_values(prepared.module, target.device.device)
+    is_apart = target is not None and target.plan is not None
     factory = prepared.factory(reader.alignment, plan.piece_bytes)
     blocks, block_of_unit = prepared.blocks(factory, cast(Granularity, plan.granularity))
     pinned = factory.pinned(prepared.partition.pinned)
@@ -133,8 +135,8 @@ def start_session(
             ahead=not plan.sequential,
             blocks_in_pass=blocks_in_pass,
             limit_bytes=plan.limit_bytes - MARGIN_BYTES // 2 if quota is None else None,
-            elastic=quota is not None,
-            gives_back=target is None or not target.device.is_unified,
+            elastic=quota is not None and target is None,
+            gives_back=target is None or is_apart,
             record=record,
         ),
         take_memory=take_memory if target is None else target.device.host_memory,
@@ -145,10 +147,11 @@ def start_session(
         warmed.close()
     pulled: BlockSource = engine
     try:
+        pulled = source(engine)
         if target is not None:
-            pulled = target.source(engine, blocks=blocks, pinned=pinned, factory=factory, blocks_in_pass=blocks_in_pass)
-        else:
-            pulled = source(engine)
+            pulled = target.source(
+                engine, pulled, blocks=blocks, pinned=pinned, factory=factory, blocks_in_pass=blocks_in_pass
+            )
         binding = Binding(
             prepared.module,
             pulled,
@@ -157,7 +160,7 @@ def start_session(
             partition=prepared.partition,
             block_of_unit=block_of_unit,
             factory=factory,
-            demand=demand_of(prepared, plan.heap_bytes if target is None else prepared.device_activation_bytes),
+            demand=demand_of(prepared, prepared.device_activation_bytes if is_apart else plan.heap_bytes),
             device=prepared.device,
         )
     except BaseException:

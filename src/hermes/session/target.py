@@ -1,5 +1,6 @@
 """A device for a session: which weights stay there, what the planner is asked about the rest, and who brings them."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,8 @@ from hermes.device import Device, DevicePlan, DeviceSource, UnifiedSource, measu
 from hermes.device.plan import slot_offsets
 from hermes.device.source import STAGING_BYTES
 from hermes.engine import Engine
+from hermes.errors import InputError
+from hermes.model.binding import HOST, BlockSource
 from hermes.model.blocks import Block, LoadFactory
 from hermes.model.units import Granularity
 from hermes.pipeload import Load
@@ -17,7 +20,7 @@ from hermes.plan import Problem, UnitCost
 from hermes.profile import Calibration
 from hermes.session.prepared import Prepared
 
-__all__ = ["GRANULARITY", "Target", "aim_at"]
+__all__ = ["GRANULARITY", "Target", "aim_at", "shared_target"]
 
 GRANULARITY: Granularity = "half"
 """Of a device with memory of its own: few copies, and a window that is no larger than it needs to be."""
@@ -31,18 +34,16 @@ class Target:
 
     Attributes:
         device: the device.
-        compute: how fast it is.
-        copy_bytes_per_second: to it.
-        granularity: that `plan` was made for.
         plan: None where it shares the host's memory.
+        granularity: that `plan` was made for.
+        copy_bytes_per_second: to it.
         staging_bytes: of the host's, through which what stays comes to it.
     """
 
     device: Device
-    compute: Calibration
-    copy_bytes_per_second: float
-    granularity: Granularity
-    plan: DevicePlan | None
+    plan: DevicePlan | None = None
+    granularity: Granularity = GRANULARITY
+    copy_bytes_per_second: float = math.inf
     staging_bytes: int = 0
 
     def document(self) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class Target:
     def rest_of(self, problem: Problem) -> Problem:
         """What the engine has to do: blocks that stay on the device cost no bytes, and copying the others takes time.
 
-        Copies go on beside computation, so the longer one of both counts.
+        Copies go on beside computation, so the longer one of both counts. All of it, where memory is shared.
         """
         if self.plan is None:
             return problem
@@ -88,15 +89,19 @@ class Target:
     def source(
         self,
         engine: Engine,
+        source: BlockSource,
         *,
         blocks: Sequence[Block],
         pinned: Block,
         factory: LoadFactory,
         blocks_in_pass: int | None,
-    ) -> DeviceSource | UnifiedSource:
-        """What the model pulls its blocks through. Raises BudgetError."""
+    ) -> BlockSource:
+        """What the model pulls its blocks through: `source` as such a device needs it, or what copies them there.
+
+        Raises BudgetError.
+        """
         if self.plan is None:
-            return UnifiedSource(engine, self.device)
+            return UnifiedSource(source, self.device)
         return DeviceSource(
             engine,
             self.device,
@@ -119,6 +124,19 @@ class Target:
         )
 
 
+def shared_target(device: torch.device) -> Target | None:
+    """Of a device that shares the host's memory; None for the CPU. Raises InputError where it has its own."""
+    if device == HOST:
+        return None
+    found = Device(str(device))
+    if not found.is_unified:
+        raise InputError(
+            f"device {device} has memory of its own; a fleet is for the CPU, or for a device that shares its memory; "
+            "use hermes.load there"
+        )
+    return Target(device=found)
+
+
 def aim_at(
     device: Device,
     prepared: Prepared,
@@ -126,8 +144,8 @@ def aim_at(
     *,
     budget_bytes: int | None,
     granularity: Granularity | None,
-) -> Target:
-    """Measure the device, and settle what stays there. Raises BudgetError; reads nothing."""
+) -> tuple[Target, Calibration]:
+    """Measure the device, and settle what stays there; how fast it computes. Raises BudgetError; reads nothing."""
     workload = prepared.workload
     rates = measure_rates(device, getattr(torch, prepared.dtype), workload.batch_size * workload.sequence_length)
     settled: Granularity = granularity or GRANULARITY
@@ -144,14 +162,14 @@ def aim_at(
         )
         parts = [part.slot_bytes for block in plan.stays for _, part in _parts(blocks[block].loads, factory)]
         staging_bytes = min(sum(parts), max(STAGING_BYTES, *parts)) if parts else 0
-    return Target(
+    target = Target(
         device=device,
-        compute=rates.compute,
-        copy_bytes_per_second=rates.copy_bytes_per_second,
-        granularity=settled,
         plan=plan,
+        granularity=settled,
+        copy_bytes_per_second=rates.copy_bytes_per_second,
         staging_bytes=staging_bytes,
     )
+    return target, rates.compute
 
 
 def _device_bytes(loads: Iterable[Load]) -> int:
