@@ -134,7 +134,7 @@ class DeviceSource(SourceAround):
     def want(self, block: int) -> tuple[Place, ...]:
         """Let go of what is held, and block until the weights of `block` are on the device; their places, in order.
 
-        Raises what the engine's `want` raises, wherever in it.
+        Of a block that does not stay. Raises what the engine's `want` raises, wherever in it.
         """
         with self._ready:
             self._raise_if_stopped()
@@ -147,8 +147,7 @@ class DeviceSource(SourceAround):
                 self._ready.wait()
             granted: Compute = self._granted
         self._engine.count_stall(self._engine.clock() - start)
-        begin = granted.offsets[0] if granted.offsets else None  # of one that stays there are none
-        return self.places(block) if begin is None else self._places(block, False, begin)
+        return self._places(block, False, granted.offsets[0] or 0)
 
     @property
     def is_settled(self) -> bool:

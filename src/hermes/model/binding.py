@@ -24,16 +24,15 @@ from hermes.model.rows import RowTable
 from hermes.model.units import Partition, Unit
 from hermes.pipeload import Load, Place
 
-__all__ = ["HOST", "Binding", "BlockSource"]
+__all__ = ["HOST", "Binding", "BlockSource", "Memory"]
 
 _Ranges = Sequence[tuple[int, tuple[int, int]]]
 """Blocks, and the rows of a matrix in each."""
 _Forward = Callable[[torch.Tensor], torch.Tensor]
 
-
+HOST = torch.device("cpu")
 Memory = Arena | torch.Tensor
 """The host's, or a device's as bytes."""
-HOST = torch.device("cpu")
 
 
 class BlockSource(Protocol):

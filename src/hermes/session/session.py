@@ -180,7 +180,8 @@ def start_session(
         raise
     if quota is None and target is None:
         _get_ready(prepared, plan)
-    weakref.finalize(prepared.module, pulled.close)
+    # What stands before an engine in a fleet leads to the fleet, and to this module: the engine alone, there.
+    weakref.finalize(prepared.module, pulled.close if is_apart else engine.close)
     return Session(
         prepared=prepared,
         plan=plan,
