@@ -166,8 +166,8 @@ def stream(
     The module may have been built on the meta device (`with torch.device("meta")`) or as usual; weights that are in the
     checkpoint are dropped from it. With example inputs, order, activations and operations are found by a run over fake
     tensors; without, in the first real pass. Matrices of linear layers above `matrix_bytes` are computed by ranges of
-    rows, so that none of them must fit into memory whole; some kernels round by the number of rows (README.md, Limits).
-    Other arguments, errors and what comes back as in `load`.
+    rows (on the CPU), so that none of them must fit into memory whole; some kernels round by the number of rows
+    (README.md, Limits). Other arguments, errors and what comes back as in `load`.
     """
     budget_bytes = parse_bytes(budget)
     keep_heap_tight()

@@ -233,6 +233,22 @@ def test_an_error_of_the_device_comes_out_of_the_wait(checkpoints, second, monke
             passes(model)
 
 
+def test_memory_that_cannot_be_registered(checkpoints, second, monkeypatch):
+    path, given = checkpoints["bert"], []
+    least = smallest(path)
+
+    def register(address, nbytes):
+        given.append(address)
+        if len(given) == 3:  # the first is for measuring, the second holds what stays
+            raise RuntimeError("no more of it")
+        type(second).register(second, address, nbytes)
+
+    monkeypatch.setattr(second, "register", register)
+    with pytest.raises(EngineError, match=r"registered: no more of it; try a smaller budget"):
+        load(path, least, resident_bytes=None)
+    gc.collect()  # the fixture looks for what is left
+
+
 def test_closed_while_a_block_is_waited_for(checkpoints, second, monkeypatch, tight):
     path = checkpoints["llama"]
     gate = threading.Event()

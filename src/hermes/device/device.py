@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 
-from hermes.errors import InputError, ModelError
+from hermes.errors import EngineError, InputError, ModelError
 from hermes.memory.arena import Arena
 from hermes.model.binding import HOST
+from hermes.units import format_bytes
 
 __all__ = ["DRIVERS", "Device", "Driver", "find_device"]
 
@@ -24,7 +26,7 @@ class Driver(Protocol):
     """What differs between accelerators. Addresses are the host's, in bytes."""
 
     def register(self, address: int, nbytes: int) -> None:
-        """Fix this range in memory, so that the device reads it by itself."""
+        """Fix this range in memory, so that the device reads it by itself. Raises RuntimeError."""
 
     def unregister(self, address: int) -> None:
         """Undo it; nothing reads it any more."""
@@ -46,10 +48,10 @@ class _Cuda:
     """`Driver` of NVIDIA's devices, and AMD's, which torch calls the same."""
 
     def register(self, address: int, nbytes: int) -> None:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)))
+        pin_memory(address, nbytes)
 
     def unregister(self, address: int) -> None:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
+        unpin_memory(address)
 
     def view(self, address: int, nbytes: int) -> torch.Tensor:
         return torch.as_tensor(_CudaBytes(address, nbytes), device="cuda")
@@ -141,8 +143,14 @@ class Device:
         torch.accelerator.synchronize(self.device)
 
     def register(self, arena: Arena) -> None:
-        """Fix it in memory for the device."""
-        self._driver.register(_address(arena), arena.nbytes)
+        """Fix it in memory for the device. Raises EngineError where the system does not allow it."""
+        try:
+            self._driver.register(_address(arena), arena.nbytes)
+        except RuntimeError as error:
+            raise EngineError(
+                f"{self.device} cannot have {format_bytes(arena.nbytes)} of the host's memory registered: "
+                f"{' '.join(str(error).split())[:200]}; try a smaller budget"
+            ) from error
 
     def unregister(self, arena: Arena) -> None:
         """Undo it, once nothing is read from it."""
@@ -170,6 +178,9 @@ class _RegisteredArena(Arena):
     def close(self) -> None:
         self._forget()
         super().close()
+
+    def __del__(self) -> None:
+        self._forget()  # of an engine that could not be made: the addresses are given out again
 
     def _forget(self) -> None:
         device, self._device = self._device, None

@@ -177,7 +177,10 @@ def prepare_module(
     matrix_bytes: int | None = None,
     device: torch.device = HOST,
 ) -> Prepared:
-    """The same for any module and its state-dict file; with example inputs its pass is traced, else it is found out."""
+    """The same for any module and its state-dict file; with example inputs its pass is traced, else it is found out.
+
+    Matrices above `matrix_bytes` are cut into ranges of rows, on the CPU.
+    """
     path = resolve_model(checkpoint)
     opened = open_checkpoint(path)
     _check_device(opened, device)
