@@ -1,7 +1,4 @@
-"""On a device with memory of its own: the bits that the whole model has there, in its budget, whatever fails.
-
-The device is a simulated one (`second_device.cpp`): torch takes it for real, and its copies come late.
-"""
+"""What stays on a device, what is refused there, and what fails: on the simulated one of `second_device.cpp`."""
 
 import gc
 import json
@@ -18,101 +15,19 @@ from torch import nn
 
 import hermes
 import second_device
+from devices import assert_equal, load, smallest
 from hermes.checkpoint import open_checkpoint
 from hermes.checkpoint.pack import pack
 from hermes.checkpoint.quantize import quantize
 from hermes.checkpoint.synth import synth
-from hermes.device import Device, plan_device
 from hermes.errors import BudgetError, EngineError, HermesError, InputError, ReadError
 from hermes.memory.probe import resident_bytes
-from small_models import FAMILIES, IDS, bits, cast
-
-MIB = 2**20
-
-
-def load(path, device_budget=None, **options):
-    options = {"sequence_length": 8, "max_new_tokens": 8, "resident_bytes": 0} | options
-    budget = resident_bytes() + 600 * MIB
-    return hermes.load(path, budget=budget, device="second", device_budget=device_budget, **options)
-
-
-def on_second(inputs):
-    return {name: value.to("second") for name, value in inputs.items()}
-
-
-def assert_equal(got, expected):
-    assert len(got) == len(expected)
-    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, expected, strict=True))
+from small_models import FAMILIES, IDS, bits
 
 
 def passes(model):
     for _ in range(3):  # agents are ahead: what is wrong with the next one shows in one of these
         model(IDS.to("second"))
-
-
-def smallest(path, **options):
-    """The smallest device budget."""
-    with pytest.raises(BudgetError, match="--device-budget") as refused:
-        load(path, 1, **options)
-    return refused.value.minimum_bytes
-
-
-@pytest.fixture
-def tight(monkeypatch):
-    """Every device's budget is the smallest one, found without preparing the model twice."""
-
-    def plan(blocks, **given):
-        with pytest.raises(BudgetError) as refused:
-            plan_device(blocks, **given | {"budget_bytes": 1})
-        return plan_device(blocks, **given | {"budget_bytes": refused.value.minimum_bytes})
-
-    monkeypatch.setattr("hermes.session.target.plan_device", plan)
-
-
-PAIRS = [*((name, torch.float32) for name in FAMILIES), ("llama", torch.bfloat16), ("t5", torch.bfloat16)]
-
-
-@pytest.mark.parametrize(("name", "dtype"), PAIRS)
-def test_streamed_is_resident(name, dtype, checkpoints, second, tight):
-    family, path = FAMILIES[name], checkpoints[name]
-    options = {"auto_class": family.model, "dtype": dtype}
-    inputs = on_second(cast(family.inputs, dtype))
-    with torch.no_grad():
-        resident = family.model.from_pretrained(path, dtype=dtype).to("second")
-        expected = bits(resident(**inputs))
-        with load(path, **options) as model:
-            plan = model.hermes.target.plan
-            assert plan.pass_bytes > 0
-            for _ in range(3):
-                assert_equal(bits(model(**inputs)), expected)
-            assert model.device.type == "second"
-            if family.generates:
-                wanted = {"max_new_tokens": 8, "do_sample": False}
-                given = {k: v for k, v in inputs.items() if not k.startswith("decoder")}
-                assert torch.equal(model.generate(**given, **wanted).cpu(), resident.generate(**given, **wanted).cpu())
-
-
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
-@pytest.mark.parametrize("granularity", ["leaf", "layer"])
-def test_any_budget(granularity, share, checkpoints, second):
-    family, path = FAMILIES["llama"], checkpoints["llama"]
-    least = smallest(path, granularity=granularity)
-    with torch.no_grad():
-        expected = bits(family.model.from_pretrained(path).to("second")(input_ids=IDS.to("second")))
-        before = torch.ops.second_device.allocated_bytes()
-        torch.ops.second_device.reset_peak()
-        with load(path, int(least + share * 600_000), granularity=granularity) as model:
-            plan, source, stats = model.hermes.target.plan, model.hermes.source, model.hermes.stats
-            for number in range(3):
-                copied = source.copied_bytes
-                assert_equal(bits(model(input_ids=IDS.to("second"))), expected)
-                if number:  # the agents are ahead by a window at most, in both
-                    assert abs(source.copied_bytes - copied - plan.pass_bytes) <= plan.ring_bytes
-            assert (plan.pass_bytes == 0) == (share == 1.0)
-            assert stats.passes == 3
-        taken = torch.ops.second_device.peak_bytes() - before
-    assert taken <= plan.peak_bytes
-    assert model.hermes.target.device.peak_bytes >= taken
 
 
 def test_what_stays_there_is_read_once_and_not_kept_here(checkpoints, second):
@@ -141,33 +56,6 @@ def test_what_passes_through_may_stay_here(checkpoints, second, tight):
         assert model.hermes.stats.pass_bytes[-1] > 0
 
 
-@pytest.mark.parametrize(("name", "resident_bytes"), [("bert", 0), ("gpt2", 300_000), ("llama", None)])
-def test_memory_that_is_shared_is_not_copied(name, resident_bytes, checkpoints, second):
-    second.is_unified = True
-    family, path = FAMILIES[name], checkpoints[name]
-    inputs = on_second(family.inputs)
-    with torch.no_grad():
-        expected = bits(family.model.from_pretrained(path).to("second")(**inputs))
-        with load(path, auto_class=family.model, resident_bytes=resident_bytes) as model:
-            assert model.hermes.target.plan is None
-            assert second.registered
-            for _ in range(3):
-                assert_equal(bits(model(**inputs)), expected)
-            assert (model.hermes.stats.pass_bytes[-1] == 0) == (resident_bytes is None)
-
-
-def test_what_a_device_computes_from_stays_where_it_is(checkpoints, second):
-    second.is_unified = True
-    with load(checkpoints["bert"], resident_bytes=None) as model, torch.no_grad():
-        expected = bits(model(IDS.to("second")))
-        engine, registered = model.hermes.engine, dict(second.registered)
-        reserved = engine.ledger.reserved_bytes
-        assert engine.resize(reserved - 64 * 2**10) == reserved
-        assert second.registered == registered
-        assert_equal(bits(model(IDS.to("second"))), expected)
-        assert model.hermes.stats.pass_bytes[-1] == 0
-
-
 def test_weights_that_are_used_out_of_turn(tmp_path, second):
     class Tied(nn.Module):
         def __init__(self):
@@ -185,7 +73,7 @@ def test_weights_that_are_used_out_of_turn(tmp_path, second):
         expected = module.to("second")(x)
         with torch.device("meta"):
             bare = Tied()
-        budget = resident_bytes() + 600 * MIB
+        budget = resident_bytes() + 600 * 2**20
         with hermes.stream(bare, tmp_path / "w.safetensors", budget, device="second", device_budget="100MiB") as model:
             assert torch.equal(model(x).cpu(), expected.cpu())
 
@@ -245,7 +133,7 @@ def test_memory_that_cannot_be_registered(checkpoints, second, monkeypatch):
 
     monkeypatch.setattr(second, "register", register)
     with pytest.raises(EngineError, match=r"registered: no more of it; try a smaller budget"):
-        load(path, least, resident_bytes=None)
+        load(path, "second", least, resident_bytes=None)
     gc.collect()  # the fixture looks for what is left
 
 
@@ -290,19 +178,6 @@ def test_a_budget_for_no_device(checkpoints):
         hermes.load(checkpoints["bert"], budget="4GiB", device_budget="1GiB")
 
 
-def test_copies_wait_for_what_was_computed_before(second):
-    device = Device("second")
-    target, late, ones = device.empty(8), device.empty(8), torch.ones(8, dtype=torch.uint8)
-    with torch.no_grad():
-        stream = torch.Stream(device.device)
-        with stream:  # work that is late
-            late.copy_(ones, non_blocking=True)
-            mark = device.mark()
-    device.copy_in([(target, torch.full((8,), 3, dtype=torch.uint8))], mark)
-    assert late.cpu().tolist() == [1] * 8
-    assert target.cpu().tolist() == [3] * 8
-
-
 def shell(*arguments, directory):
     """`hermes run` in a process that knows the device."""
     words = ["hermes", "run", *map(str, arguments)]
@@ -328,4 +203,4 @@ def test_from_the_shell(arch, given, tmp_path, second, request):
     outcome = json.loads(streamed.stdout)
     assert outcome["outputs"] == json.loads(resident.stdout)["outputs"]
     assert outcome["device"]["name"] == "second:0"
-    assert 0 < outcome["device"]["peak_bytes"] <= 200 * MIB
+    assert 0 < outcome["device"]["peak_bytes"] <= 200 * 2**20
