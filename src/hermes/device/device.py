@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 
-from hermes.errors import EngineError, InputError, ModelError
+from hermes.errors import EngineError, InputError
 from hermes.memory.arena import Arena
 from hermes.model.binding import HOST
 from hermes.units import format_bytes
@@ -165,9 +165,10 @@ class _RegisteredArena(Arena):
     From then on copies from it pass through the driver's own buffer, which is slower, and right.
     """
 
+    _device: Device | None = None
+
     def __init__(self, nbytes: int, device: Device) -> None:
         super().__init__(nbytes)
-        self._device: Device | None = None
         device.register(self)
         self._device = device
 
@@ -206,6 +207,4 @@ def find_device(name: str) -> torch.device:
 
 
 def _address(arena: Arena) -> int:
-    if not arena.nbytes:
-        raise ModelError("an arena without memory has no address")
     return ctypes.addressof(ctypes.c_char.from_buffer(arena.view))

@@ -117,6 +117,7 @@ class DeviceSource(SourceAround):
 
     def start(self) -> list[Place]:
         """Bring what stays on the device there (blocking), then begin to load the first pass."""
+        self._device.synchronize()  # whoever had this memory before may not be done with it, on another stream
         self._fill_store()
         places = self._engine.start()
         offsets = self._pinned_offsets
@@ -199,6 +200,7 @@ class DeviceSource(SourceAround):
         self._engine.close()  # whom the Copy Agent may wait for
         if self._agent.ident is not None:
             self._agent.join()
+        self._device.synchronize()
         self._host_ring = self._host_store = self.ring = self.store = torch.empty(0, dtype=torch.uint8)
 
     def _release(self) -> None:
