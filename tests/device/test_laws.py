@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
+import hermes
 from devices import assert_equal, load, memory, put, smallest
 from hermes.device import Device
+from hermes.memory.probe import resident_bytes
 from small_models import FAMILIES, IDS, bits, cast
 
 PAIRS = [*((name, torch.float32) for name in FAMILIES), ("llama", torch.bfloat16), ("t5", torch.bfloat16)]
@@ -73,6 +77,46 @@ def test_what_a_device_computes_from_stays_where_it_is(checkpoints, kind, shared
         assert engine.resize(reserved - 64 * 2**10) == reserved
         assert_equal(bits(model(ids)), expected)
         assert model.hermes.stats.pass_bytes[-1] == 0
+
+
+class Late(nn.Module):
+    """Copies each layer's weight aside, on the device, long after the next layer's has been asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(300, 300, bias=False) for _ in range(6))
+
+    def forward(self, x):
+        seen = []
+        for layer in self.layers:
+            x = layer(x)
+            one, other = (torch.empty_like(layer.weight) for _ in range(2))
+            for _ in range(5):
+                one.copy_(other, non_blocking=True)
+            one.copy_(layer.weight, non_blocking=True)
+            seen += [one, other]
+        return seen
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_no_weight_goes_before_the_device_is_done_with_it(shares, tmp_path, kind, tight, request):
+    if shares:
+        request.getfixturevalue("shared")
+    torch.manual_seed(0)
+    whole = Late()
+    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    with torch.device("meta"):
+        bare = Late()
+    stream = torch.Stream(torch.device(kind))
+    budget = resident_bytes() + 600 * 2**20
+    with hermes.stream(bare, tmp_path / "w.safetensors", budget, device=kind, resident_bytes=0) as model:
+        window = (model.hermes.plan if shares else model.hermes.target.plan).ring_bytes
+        assert window < len(whole.layers) * whole.layers[0].weight.nbytes  # so that places are given out again
+        for _ in range(2):
+            with torch.no_grad(), stream:
+                seen = model(torch.ones(1, 300).to(kind))
+            stream.synchronize()
+            assert_equal(seen[::2], [layer.weight for layer in whole.layers])
 
 
 def test_registered_memory_is_seen_without_a_copy(kind):
