@@ -30,6 +30,9 @@ class SecondDriver:
         assert self.registered[address] == nbytes
         return torch.ops.second_device.view(address, nbytes)
 
+    def name(self, device):
+        return "simulated"
+
     def is_integrated(self, device):
         return False
 

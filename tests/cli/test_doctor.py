@@ -9,7 +9,10 @@ from hermes.cli import doctor as module
 from hermes.cli.doctor import doctor, instruction_sets
 from hermes.errors import CheckpointError, HermesError, InputError
 
-FLOOR = {"anon_bytes": 200 << 20, "file_bytes": 90 << 20, "shmem_bytes": 0, "torch": "2.13.0", "threads": 2}
+FLOOR = {
+    "anon_bytes": 200 << 20, "file_bytes": 90 << 20, "shmem_bytes": 0, "torch": "2.13.0", "threads": 2,
+    "devices": ["cuda:0 (a GPU): 9 GiB free, its own"],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -22,7 +25,16 @@ def small(monkeypatch):
 def test_without_a_model(small, tmp_path, capsys):
     doctor(path=tmp_path)
     shown = capsys.readouterr().out
-    for word in ("cores", "instruction sets", "2.13.0, 2 threads", "cgroup", "direct I/O", "1: ", "290 MiB"):
+    for word in (
+        "cores",
+        "instruction sets",
+        "2.13.0, 2 threads",
+        "cgroup",
+        "direct I/O",
+        "1: ",
+        "290 MiB",
+        "(a GPU): 9 GiB",
+    ):
         assert word in shown
     assert list(tmp_path.iterdir()) == []
 

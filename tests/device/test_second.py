@@ -20,6 +20,7 @@ from hermes.checkpoint import open_checkpoint
 from hermes.checkpoint.pack import pack
 from hermes.checkpoint.quantize import quantize
 from hermes.checkpoint.synth import synth
+from hermes.device import find_devices
 from hermes.errors import BudgetError, EngineError, HermesError, InputError, ReadError
 from hermes.memory.probe import resident_bytes
 from small_models import FAMILIES, IDS, bits
@@ -165,6 +166,10 @@ def test_quantised_matrices_are_refused(checkpoints, tmp_path, second):
     quantize(checkpoints["llama"], tmp_path / "small", "int8", ["model.layers.0.mlp.up_proj.weight"])
     with pytest.raises(InputError, match="unquantised"):
         load(tmp_path / "small")
+
+
+def test_what_doctor_says_of_it(second):
+    assert [str(device) for device in find_devices()][-1] == "second:0 (simulated): 1 GiB free, its own"
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "mps", "second:1", "cuda:99"])

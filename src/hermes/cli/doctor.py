@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,7 +62,9 @@ with lean_imports():
 drop_idle_pages()
 calibrate_compute(torch.float32, 128)
 split = dataclasses.asdict(memory_split())
-print(json.dumps({**split, "torch": torch.__version__, "threads": torch.get_num_threads()}))
+from hermes.device import find_devices
+devices = [str(device) for device in find_devices()]
+print(json.dumps({**split, "torch": torch.__version__, "threads": torch.get_num_threads(), "devices": devices}))
 """
 
 
@@ -75,6 +77,7 @@ class Diagnosis:
         instruction_sets: those that matter to matrix kernels, as the kernel spells them.
         torch: version.
         threads: that torch computes with.
+        devices: that models could compute on instead, and their free memory.
         memory_bytes: of the machine.
         available_bytes: of it, without swapping.
         swap_bytes: of the machine.
@@ -96,6 +99,7 @@ class Diagnosis:
     instruction_sets: tuple[str, ...]
     torch: str
     threads: int
+    devices: tuple[str, ...]
     memory_bytes: int
     available_bytes: int
     swap_bytes: int
@@ -155,13 +159,14 @@ def _diagnose(model: str | None, path: Path) -> Diagnosis:
     else:
         tried = resolve_model(model)
         direct, bandwidths = _try_disk(open_checkpoint(tried))
-    floor_bytes = sum(int(floor[name]) for name in ("anon_bytes", "file_bytes", "shmem_bytes"))
+    floor_bytes = sum(floor[name] for name in ("anon_bytes", "file_bytes", "shmem_bytes"))
     cgroup = find_cgroup()
     return Diagnosis(
         cores=num_cores(),
         instruction_sets=instruction_sets(_cpuinfo()),
-        torch=str(floor["torch"]),
-        threads=int(floor["threads"]),
+        torch=floor["torch"],
+        threads=floor["threads"],
+        devices=tuple(floor["devices"]),
         memory_bytes=psutil.virtual_memory().total,
         available_bytes=available_bytes(),
         swap_bytes=psutil.swap_memory().total,
@@ -172,21 +177,21 @@ def _diagnose(model: str | None, path: Path) -> Diagnosis:
         direct_io=direct,
         bytes_per_second={record.num_agents: record.bytes_per_second for record in bandwidths},
         floor_bytes=floor_bytes,
-        floor_anon_bytes=int(floor["anon_bytes"]),
-        floor_file_bytes=int(floor["file_bytes"]),
-        floor_shmem_bytes=int(floor["shmem_bytes"]),
+        floor_anon_bytes=floor["anon_bytes"],
+        floor_file_bytes=floor["file_bytes"],
+        floor_shmem_bytes=floor["shmem_bytes"],
         smallest_budget_bytes=_smallest_budget(None if model is None else tried, floor_bytes),
         model=model,
     )
 
 
-def _floor() -> dict[str, str | int]:
-    """Measured in a process of its own: this one holds tables, samples and plans as well."""
+def _floor() -> dict[str, Any]:
+    """And what torch says. Measured in a process of its own: this one holds tables, samples and plans as well."""
     done = subprocess.run([sys.executable, "-c", _FLOOR_SCRIPT], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise HermesError(f"cannot measure the floor of a process: {reason}")
-    floor: dict[str, str | int] = json.loads(done.stdout)
+    floor: dict[str, Any] = json.loads(done.stdout)
     return floor
 
 
@@ -261,6 +266,7 @@ def _rows(found: Diagnosis) -> list[tuple[str, str]]:
         ("cores", str(found.cores)),
         ("instruction sets", " ".join(found.instruction_sets) or "unknown"),
         ("torch", f"{found.torch}, {found.threads} threads"),
+        ("devices", "\n".join(found.devices) or "the CPU alone"),
         ("memory", f"{format_bytes(found.memory_bytes)}, {format_bytes(found.available_bytes)} available"),
         ("swap", format_bytes(found.swap_bytes) if found.swap_bytes else "none"),
         ("cgroup", cgroup),

@@ -1,4 +1,4 @@
-from hermes.device.device import DRIVERS, Device, Driver, find_device
+from hermes.device.device import DRIVERS, Device, Driver, find_device, find_devices
 from hermes.device.plan import DevicePlan, plan_device
 from hermes.device.rates import Rates, measure_rates
 from hermes.device.source import DeviceSource, UnifiedSource
@@ -12,6 +12,7 @@ __all__ = [
     "Rates",
     "UnifiedSource",
     "find_device",
+    "find_devices",
     "measure_rates",
     "plan_device",
 ]

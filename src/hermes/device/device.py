@@ -19,7 +19,7 @@ from hermes.memory.arena import Arena
 from hermes.model.binding import HOST
 from hermes.units import format_bytes
 
-__all__ = ["DRIVERS", "Device", "Driver", "find_device"]
+__all__ = ["DRIVERS", "Device", "Driver", "find_device", "find_devices"]
 
 
 class Driver(Protocol):
@@ -33,6 +33,9 @@ class Driver(Protocol):
 
     def view(self, address: int, nbytes: int) -> torch.Tensor:
         """Registered memory as a tensor of bytes on the device, without a copy."""
+
+    def name(self, device: torch.device) -> str:
+        """What its maker calls it."""
 
     def is_integrated(self, device: torch.device) -> bool:
         """Whether it shares the host's memory."""
@@ -55,6 +58,9 @@ class _Cuda:
 
     def view(self, address: int, nbytes: int) -> torch.Tensor:
         return torch.as_tensor(_CudaBytes(address, nbytes), device="cuda")
+
+    def name(self, device: torch.device) -> str:
+        return torch.cuda.get_device_name(device)
 
     def is_integrated(self, device: torch.device) -> bool:
         return bool(torch.cuda.get_device_properties(device).is_integrated)
@@ -109,6 +115,11 @@ class Device:
     def peak_bytes(self) -> int:
         """Most that tensors of this process have taken of it at once."""
         return self._driver.peak_bytes(self.device)
+
+    def __str__(self) -> str:
+        whose = "shared with the host" if self.is_unified else "its own"
+        name = self._driver.name(self.device)
+        return f"{self.device} ({name}): {format_bytes(self.free_bytes)} free, {whose}"
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Memory of the device's, as bytes."""
@@ -199,11 +210,20 @@ def find_device(name: str) -> torch.device:
     kinds = " or ".join([HOST.type, *DRIVERS])
     if device is None or device.type not in DRIVERS:
         raise InputError(f"unknown device {name!r}; choose {kinds}")
-    module = torch.get_device_module(device.type)
-    count = module.device_count() if module.is_available() else 0
+    count = _count(device.type)
     if (device.index or 0) >= count:
         raise InputError(f"device {name!r}: torch sees {count} of this kind; leave --device away to run on the CPU")
     return torch.device(device.type, device.index or 0)
+
+
+def find_devices() -> list[Device]:
+    """All that torch sees; starts each of them."""
+    return [Device(f"{kind}:{index}") for kind in DRIVERS for index in range(_count(kind))]
+
+
+def _count(kind: str) -> int:
+    module = torch.get_device_module(kind)
+    return module.device_count() if module.is_available() else 0
 
 
 def _address(arena: Arena) -> int:
