@@ -23,6 +23,7 @@ from hermes.checkpoint.synth import synth
 from hermes.device import find_devices
 from hermes.errors import BudgetError, EngineError, HermesError, InputError, ReadError
 from hermes.memory.probe import resident_bytes
+from hermes.model.inputs import moved
 from small_models import FAMILIES, IDS, bits
 
 
@@ -209,3 +210,11 @@ def test_from_the_shell(arch, given, tmp_path, second, request):
     assert outcome["outputs"] == json.loads(resident.stdout)["outputs"]
     assert outcome["device"]["name"] == "second:0"
     assert 0 < outcome["device"]["peak_bytes"] <= 200 * 2**20
+
+
+def test_arguments_are_moved_wherever_they_stand(second):
+    given = {"a": [torch.ones(2), 3], "b": (torch.ones(1, device="meta"), None)}
+    there = moved(given, torch.device("second"))
+    assert there["a"][0].device.type == "second"
+    assert there["a"][1] == 3
+    assert there["b"][0].is_meta

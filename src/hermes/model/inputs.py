@@ -102,5 +102,5 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
-    """Arguments of a call with every tensor in them on a device."""
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
+    """Arguments of a call with every tensor in them on a device, but such as have no values."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor if tensor.is_meta else tensor.to(device), inputs)
