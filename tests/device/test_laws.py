@@ -11,7 +11,11 @@ from hermes.device import Device
 from hermes.memory.probe import resident_bytes
 from small_models import FAMILIES, IDS, bits, cast
 
-PAIRS = [*((name, torch.float32) for name in FAMILIES), ("llama", torch.bfloat16), ("t5", torch.bfloat16)]
+ALWAYS = ("bert", "vit", "gpt2", "llama", "mixtral", "t5", "whisper")
+PAIRS = [
+    *(pytest.param(name, torch.float32, marks=[] if name in ALWAYS else pytest.mark.slow) for name in FAMILIES),
+    ("llama", torch.bfloat16),
+]
 
 
 @pytest.mark.parametrize(("name", "dtype"), PAIRS)

@@ -185,15 +185,15 @@ def test_a_budget_for_no_device(checkpoints):
 
 
 def shell(*arguments, directory):
-    """`hermes run` in a process that knows the device."""
+    """`hermes run` begun, in a process that knows the device."""
     words = ["hermes", "run", *map(str, arguments)]
     code = (
         f"import pathlib, runpy, second_device, sys; second_device.load(pathlib.Path({str(directory)!r})); "
         f"sys.argv = {words!r}; runpy.run_module('hermes', run_name='__main__')"
     )
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", code], cwd=Path(second_device.__file__).parent,
-        capture_output=True, text=True, timeout=100, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -204,10 +204,11 @@ def test_from_the_shell(arch, given, tmp_path, second, request):
     options += ["--max-new-tokens", "5"] if arch == "tiny-gpt2" else []
     budgets = ["--budget", "2GiB", "--device-budget", "200MiB"]
     library = request.config.cache.mkdir("second-device")
-    resident, streamed = (shell(*options, *more, "--json", directory=library) for more in (["--resident"], budgets))
-    assert resident.returncode == streamed.returncode == 0, resident.stderr + streamed.stderr
-    outcome = json.loads(streamed.stdout)
-    assert outcome["outputs"] == json.loads(resident.stdout)["outputs"]
+    running = [shell(*options, *more, "--json", directory=library) for more in (["--resident"], budgets)]
+    (resident, _), (streamed, told) = (process.communicate(timeout=100) for process in running)
+    assert running[1].returncode == 0, told
+    outcome = json.loads(streamed)
+    assert outcome["outputs"] == json.loads(resident)["outputs"]
     assert outcome["device"]["name"] == "second:0"
     assert 0 < outcome["device"]["peak_bytes"] <= 200 * 2**20
 
