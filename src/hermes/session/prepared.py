@@ -1,7 +1,7 @@
 """A model as it is known before a weight is read, and the planner's view of it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -187,6 +187,11 @@ class Prepared:
             for unit in units:
                 block_of_unit[unit] = number
         return [factory.block(self.partition.units[unit] for unit in units) for units in groups], block_of_unit
+
+    def blocks_in_pass(self, block_of_unit: Sequence[int]) -> int | None:
+        """How many of those blocks a pass visits; None where nobody knows."""
+        num_in_pass = self.partition.num_in_pass
+        return block_of_unit[num_in_pass - 1] + 1 if num_in_pass else None
 
     def _groups(self, granularity: Granularity) -> list[list[int]]:
         return group_units(self.partition, granularity, self._unit_bytes)

@@ -118,8 +118,7 @@ def start_session(
         ledger.reserve("floor", plan.floor_bytes)
         ledger.reserve("heap", plan.heap_bytes)
         ledger.reserve("margin", min(MARGIN_BYTES, ledger.free_bytes))
-    num_in_pass = prepared.partition.num_in_pass
-    blocks_in_pass = block_of_unit[num_in_pass - 1] + 1 if num_in_pass else None
+    blocks_in_pass = prepared.blocks_in_pass(block_of_unit)
     take_memory: Callable[[int], Arena] = Arena if warmed is None else warmed.take
     engine = Engine(
         [block.loads for block in blocks] if target is None else target.loads_of(blocks),

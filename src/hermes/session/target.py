@@ -152,10 +152,9 @@ def aim_at(
     plan, staging_bytes = None, 0
     if not device.is_unified:
         blocks, block_of_unit = prepared.blocks(factory, settled)
-        num_in_pass = prepared.partition.num_in_pass
         plan = plan_device(
             [_device_bytes(block.loads) for block in blocks],
-            num_in_pass=block_of_unit[num_in_pass - 1] + 1 if num_in_pass else len(blocks),
+            num_in_pass=prepared.blocks_in_pass(block_of_unit) or len(blocks),
             pinned_bytes=_device_bytes(factory.pinned(prepared.partition.pinned).loads),
             heap_bytes=prepared.device_heap_bytes,
             budget_bytes=budget_bytes or int(FREE_SHARE * device.free_bytes),
