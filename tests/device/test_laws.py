@@ -67,9 +67,14 @@ def test_memory_that_is_shared_is_not_copied(name, resident_bytes, checkpoints, 
         expected = bits(family.model.from_pretrained(path).to(kind)(**inputs))
         with load(path, kind, auto_class=family.model, resident_bytes=resident_bytes) as model:
             assert model.hermes.target.plan is None
+            places = []  # by which kernels choose
+            for layer in model.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.register_forward_hook(lambda layer, *_: places.append(layer.weight.data_ptr() % 64))
             for _ in range(3):
                 assert_equal(bits(model(**inputs)), expected)
             assert (model.hermes.stats.pass_bytes[-1] == 0) == (resident_bytes is None)
+            assert set(places) <= {0}
 
 
 def test_what_a_device_computes_from_stays_where_it_is(checkpoints, kind, shared):

@@ -153,7 +153,8 @@ class Prepared:
             self.weights.sources,
             alignment=alignment,
             piece_bytes=piece_bytes,
-            cache_lines=not is_transformers_model(self.module),
+            # Of a transformers model on the CPU, as in its file; a device's kernels choose by alignment.
+            cache_lines=self.device != HOST or not is_transformers_model(self.module),
             packed=self.checkpoint.packed,
             stay_packed=self._stay_packed,
             device=self.device,
