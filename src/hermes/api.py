@@ -272,14 +272,7 @@ def open_session(
 def settle_plan(prepared: Prepared, reader: Reader, budget_bytes: int, **choices: Any) -> tuple[Plan, Profile]:
     """The plan for a prepared model, and the profile it rests on: the one it was prepared with, or an estimate."""
     problem, known = pose_problem(prepared, reader)
-    settled = make_plan(
-        problem,
-        budget_bytes=budget_bytes,
-        limit_bytes=memory_limit(budget_bytes),
-        margin_bytes=MARGIN_BYTES,
-        **choices,
-    )
-    return settled, known
+    return _plan_within(problem, budget_bytes, **choices), known
 
 
 def settle_on_device(
@@ -300,15 +293,7 @@ def settle_on_device(
         granularity=granularity,
     )
     problem, _ = pose_problem(prepared, reader, compute)
-    settled = make_plan(
-        target.rest_of(problem),
-        budget_bytes=budget_bytes,
-        limit_bytes=memory_limit(budget_bytes),
-        margin_bytes=MARGIN_BYTES,
-        granularity=granularity,
-        **choices,
-    )
-    return settled, target
+    return _plan_within(target.rest_of(problem), budget_bytes, granularity=granularity, **choices), target
 
 
 def pose_problem(prepared: Prepared, reader: Reader, compute: Calibration | None = None) -> tuple[Problem, Profile]:
@@ -394,6 +379,17 @@ def _start(
         reader.close()
         raise
     return start_session(prepared, settled, reader, record=record, target=target)
+
+
+def _plan_within(problem: Problem, budget_bytes: int, **choices: Any) -> Plan:
+    """`make_plan` with what the system allows this process."""
+    return make_plan(
+        problem,
+        budget_bytes=budget_bytes,
+        limit_bytes=memory_limit(budget_bytes),
+        margin_bytes=MARGIN_BYTES,
+        **choices,
+    )
 
 
 def _device(name: str, device_budget: str | int | None) -> torch.device:

@@ -3,14 +3,13 @@
 **Threads and locks.** The Inference Agent is whoever calls `want`, `hold` and `end_pass`. One Copy Agent takes the
 blocks from the engine, in the order that a second `Pipeline` foresees, and copies them into the device's window. The
 condition `_ready` guards that pipeline; it is held over no read, copy or computation. The engine's lock is taken
-inside it by nobody.
+inside it by nobody. What stops the Copy Agent stops the engine, which keeps it for whoever calls next.
 
 **What the device does by itself.** A copy waits, on the device, for what was computed with the window's memory before
 (`Device.mark`, when the Inference Agent goes on to another block). A block counts as there when its copy is done, so
 that computation waits for nothing on the device.
 """
 
-import copy
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,6 @@ import torch
 from hermes.device.device import Device
 from hermes.device.plan import DevicePlan, slot_offsets
 from hermes.engine import Engine
-from hermes.errors import EngineError, HermesError
 from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
 from hermes.model.binding import BlockSource
@@ -109,8 +107,6 @@ class DeviceSource(SourceAround):
         self._orders: deque[Fetch] = deque()
         self._granted: Compute | None = None
         self._left: torch.Event | None = None
-        self._error: BaseException | None = None
-        self._closed = False
         self._agent = threading.Thread(target=self._run, name="hermes-copy", daemon=True)
 
     # ------------------------------------------------------------------ the Inference Agent's side
@@ -138,13 +134,13 @@ class DeviceSource(SourceAround):
         Of a block that does not stay. Raises what the engine's `want` raises, wherever in it.
         """
         with self._ready:
-            self._raise_if_stopped()
+            self._engine.raise_if_stopped()
             start = self._engine.clock()
             self._leave()
             self._granted = None
             self._take_in(BlockWanted(block))
             while self._granted is None:
-                self._raise_if_stopped()
+                self._engine.raise_if_stopped()
                 self._ready.wait()
             granted: Compute = self._granted
         self._engine.count_stall(self._engine.clock() - start)
@@ -160,7 +156,7 @@ class DeviceSource(SourceAround):
         if block not in self._plan.stays:
             return False
         with self._ready:
-            self._raise_if_stopped()
+            self._engine.raise_if_stopped()
             self._release()
         return True
 
@@ -194,10 +190,9 @@ class DeviceSource(SourceAround):
 
     def close(self) -> None:
         """Stop and join all agents, of the engine too, and drop the memory. Idempotent."""
-        with self._ready:
-            self._closed = True
-            self._ready.notify_all()
         self._engine.close()  # whom the Copy Agent may wait for
+        with self._ready:
+            self._ready.notify_all()
         if self._agent.ident is not None:
             self._agent.join()
         self._device.synchronize()
@@ -254,14 +249,6 @@ class DeviceSource(SourceAround):
         self._device.copy_in(pairs, after)
         self.copied_bytes += sum(source.nbytes for _, source in pairs)
 
-    def _raise_if_stopped(self) -> None:
-        if self._error is not None:
-            if isinstance(self._error, HermesError):
-                raise copy.copy(self._error) from self._error
-            raise EngineError(f"the Copy Agent failed: {self._error!r}") from self._error
-        if self._closed:
-            raise EngineError("the engine is closed; load the model again")
-
     # ------------------------------------------------------------------ the Copy Agent's side
 
     def _take_in(self, event: Event) -> None:
@@ -282,7 +269,7 @@ class DeviceSource(SourceAround):
             while True:
                 with self._ready:
                     while not self._orders:
-                        if self._closed:
+                        if self._engine.is_stopped:
                             return
                         self._ready.wait()
                     order, left = self._orders.popleft(), self._left
@@ -292,8 +279,8 @@ class DeviceSource(SourceAround):
                 with self._ready:
                     self._take_in(LoadFetched(order.visit))
         except BaseException as error:
+            self._engine.fail(error)
             with self._ready:
-                self._error = error
                 self._ready.notify_all()
 
     def _bring_block(self, order: Fetch, left: torch.Event | None) -> None:

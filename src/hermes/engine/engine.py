@@ -121,14 +121,14 @@ class Engine:
             self._agents,
             reader,
             buffer_bytes=config.buffer_bytes,
-            on_error=self._fail,
+            on_error=self.fail,
             on_read=self._record_read if config.record else None,
             stats=self.stats,
             clock=clock,
             urgency=urgency,
         )
         self._daemon = DaemonAgent(
-            self._lock, self._holdings, ledger, config, self.stats, on_error=self._fail, clock=clock
+            self._lock, self._holdings, ledger, config, self.stats, on_error=self.fail, clock=clock
         )
 
     # ------------------------------------------------------------------ the Inference Agent's side
@@ -168,15 +168,15 @@ class Engine:
         ]
         start = self.clock()
         with self._lock:
-            self._raise_if_stopped()
+            self.raise_if_stopped()
             self._line.submit(tickets, urgent=True)
             try:
                 while left:
-                    self._raise_if_stopped()
+                    self.raise_if_stopped()
                     self._ready.wait()
             except BaseException:
                 abandoned = True
-                while left and not self._is_stopped:
+                while left and not self.is_stopped:
                     self._ready.wait()
                 raise
             self.stats.stall_seconds += self.clock() - start
@@ -200,13 +200,13 @@ class Engine:
             EngineError: another agent failed, or the engine is closed.
         """
         with self._lock:
-            self._raise_if_stopped()
+            self.raise_if_stopped()
             start = self.clock()
             if self._asked != block:
                 self._ask(block, start)
             self._asked = None
             while self._granted is None:
-                self._raise_if_stopped()
+                self.raise_if_stopped()
                 self._ready.wait()
             granted: Compute = self._granted
             self._block_start = self.clock()
@@ -229,7 +229,7 @@ class Engine:
         """
         with self._lock:
             self._on_ready = on_ready
-            if self._is_stopped:
+            if self.is_stopped:
                 self._say_ready()
             else:
                 self._ask(block, self.clock())
@@ -267,7 +267,7 @@ class Engine:
         """
         self._reader.check()
         with self._lock:
-            self._raise_if_stopped()
+            self.raise_if_stopped()
             self._holdings.reserve_heap(heap_bytes)
             self.stats.begin_pass(self.clock())
 
@@ -280,14 +280,14 @@ class Engine:
         with self._lock:
             self._release(self.clock())
             self._take_in(BlockDone())
-            if not self._config.record and not self._is_stopped and not self.is_settled:
+            if not self._config.record and not self.is_stopped and not self.is_settled:
                 self._staying = self._pipeline.staying()
         self.count_pass()
 
     def count_pass(self) -> None:
         """The rest of `end_pass`, for who goes on holding a block. Raises as it does."""
         with self._lock:
-            was_running = self.stats.end_pass(self.clock()) and not self._is_stopped
+            was_running = self.stats.end_pass(self.clock()) and not self.is_stopped
         if was_running:
             self._reader.check()
         self._daemon.balance()
@@ -300,7 +300,7 @@ class Engine:
     def foresee(self, block: int) -> bool:
         """Begin to load a block before it is wanted; False where the window has no room to begin with. Never blocks."""
         with self._lock:
-            self._raise_if_stopped()
+            self.raise_if_stopped()
             self._take_in_fetched()
             if possible := self._pipeline.can_foresee():
                 self._take_in(BlockForeseen(block))
@@ -330,7 +330,7 @@ class Engine:
         again later. Never blocks.
         """
         with self._lock:
-            self._raise_if_stopped()
+            self.raise_if_stopped()
             self._take_in_fetched()
             self._holdings.evict(self.ledger.reserved_bytes - budget_bytes)
             self.ledger.resize(max(budget_bytes, self.ledger.reserved_bytes))
@@ -377,10 +377,12 @@ class Engine:
             self._take_in(BlockWanted(self.held))
 
     @property
-    def _is_stopped(self) -> bool:
+    def is_stopped(self) -> bool:
+        """Whether something failed, or the engine is closed. Without a lock."""
         return self._error is not None or self._closed.is_set()
 
-    def _raise_if_stopped(self) -> None:
+    def raise_if_stopped(self) -> None:
+        """What failed, anew at each call, or EngineError where the engine is closed. Without a lock."""
         if self._error is not None:
             if isinstance(self._error, HermesError):
                 raise copy.copy(self._error) from self._error
@@ -449,7 +451,8 @@ class Engine:
         with self._lock:
             self.stats.spans.append(Span(agent, ticket.load.name, start, end, nbytes))
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """This stopped an agent, or somebody on the way behind the engine: everything else stops with it."""
         with self._lock:
             self._error = self._error or error
             self._staying = frozenset()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hermes.errors import InputError
+from hermes.model.inputs import moved
 from hermes.tasks.detect import context_tokens, is_encoder_decoder
 from hermes.tasks.text import encode_texts
 
@@ -58,8 +59,7 @@ def embed_texts(
     """
     if pool not in POOLS:
         raise InputError(f"unknown pool {pool!r}; choose from {', '.join(POOLS)}")
-    encoded = encode_for_embedding(tokenizer, texts, model.config.to_dict())
-    inputs = {name: value.to(model.device) for name, value in encoded.items()}
+    inputs = moved(encode_for_embedding(tokenizer, texts, model.config.to_dict()), model.device)
     with torch.no_grad():
         hidden = getattr(model(**inputs), "last_hidden_state", None)
     if hidden is None:
