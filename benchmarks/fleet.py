@@ -34,6 +34,8 @@ SCENARIOS = {
 }
 """SwapNet's budgets in MiB, and its models. Its FCN has 207 MB, which is FCN on ResNet-101; on ResNet-50 it is 135."""
 RESULTS = DOCS / "fleet.json"
+POLICIES = ("as published", "round-robin", "deadline")
+"""As published: SwapNet's rotation, each block swapped out after its turn. "round-robin" keeps what fits."""
 BESIDE_ROUNDS = 20
 QUIET = 0.03
 """Of the cores' time, that other processes may take during a run."""
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("scenarios", nargs="*", default=list(SCENARIOS))
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--caps", nargs="*", default=["paper", "25", "40", "60", "80"])
-    parser.add_argument("--policies", nargs="+", default=["round-robin", "deadline"])
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--baselines", action="store_true", help="measure what is compared with again")
     parser.add_argument("--disk", choices=DISKS, default=FREE, help="as it is, or MB/s")
     parser.add_argument("--peer", help="a Python that has accelerate")

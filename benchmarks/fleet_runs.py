@@ -193,14 +193,21 @@ def make_fleet(weights: Path, kinds: list[str], *, limit_bytes: int, policy: str
 
     import hermes
 
-    fleet = hermes.Fleet(budget=limit_bytes, policy=policy)
+    published = policy == "as published"
+    fleet = hermes.Fleet(budget=limit_bytes, policy="round-robin" if published else policy)
     names, inputs = [], {}
     for number, kind in enumerate(kinds):
         name = f"{kind} {number}"
         with torch.device("meta"):
             module = MODELS[kind].build()
         inputs[name] = [tensor_of(paint(scene), MODELS[kind].side) for scene in SCENES]
-        fleet.add(name, module, weights / f"{kind}.safetensors", example_args=(inputs[name][0],))
+        fleet.add(
+            name,
+            module,
+            weights / f"{kind}.safetensors",
+            example_args=(inputs[name][0],),
+            resident_bytes=0 if published else None,
+        )
         names.append(name)
     return fleet, inputs, names
 

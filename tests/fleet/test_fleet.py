@@ -142,6 +142,19 @@ def test_idle_bytes_are_lent_and_come_back(nets, monkeypatch):
         assert fleet._shares.ledger.free_bytes >= 0
 
 
+def test_a_model_that_may_keep_nothing_is_read_for_each_request(nets):
+    with hermes.Fleet(budget="1GiB", policy="round-robin") as fleet:
+        for name, kept in (("small", None), ("large", 0)):
+            fleet.add(name, skeleton(name), nets[name][1], example_args=(PIXELS,), resident_bytes=kept)
+        plans = fleet.start().plans
+        for name in ("small", "large") * 3:
+            assert torch.equal(fleet.submit(name, PIXELS).result(60), expected(nets, name, PIXELS))
+        read = {name: one.bytes_read for name, one in fleet.report().models.items()}
+        assert plans["large"].resident_bytes == plans["small"].pass_bytes == 0
+        assert 3 * plans["large"].pass_bytes <= read["large"]
+        assert read["small"] < 1.1 * nets["small"][1].stat().st_size
+
+
 def test_a_model_that_cannot_be_measured_inside_the_budget_is_refused_before(nets):
     with hermes.Fleet(budget=resident_bytes() + 20 * MIB) as fleet:
         with pytest.raises(hermes.BudgetError, match="measuring small") as refused:

@@ -55,6 +55,22 @@ def test_a_member_fits_its_quota_and_keeps_small_loads_first(problem, window, sh
         assert all(sizes[number] <= SMALL_BYTES or sizes[number] > member.ring_bytes / window[1] for number in kept)
 
 
+@given(problems(), st.sampled_from(WINDOWS), st.floats(0.0, 1.0), st.integers(0, 60 * MIB))
+def test_no_more_stays_than_may_and_the_window_has_the_rest(problem, window, share, allowed):
+    need = need_of(problem, window)
+    quota = need.least_bytes + int(share * (need.most_bytes - need.least_bytes))
+    total = sum(sum(unit.slot_bytes) for unit in problem.units)
+    candidate = Candidate(problem=problem, activation_bytes=0, resident_bytes=min(allowed, total - 1))
+    member = make_member(candidate, quota, window, 1e9, patience_seconds=1.0)
+    held = problem.pinned_bytes + sum(
+        loads[number] for loads, kept in zip(member.slots, member.resident, strict=True) for number in kept
+    )
+    too_large = member.least_bytes - problem.pinned_bytes - member.ring_bytes
+    assert held - problem.pinned_bytes - too_large <= candidate.resident_bytes
+    if quota - need.least_bytes >= candidate.resident_bytes + 4096:
+        assert quota - 4096 <= problem.pinned_bytes + too_large + candidate.resident_bytes + member.ring_bytes <= quota
+
+
 @given(st.lists(problems(), min_size=1, max_size=4), st.sampled_from(WINDOWS[:4]), st.floats(-0.1, 1.1))
 def test_bytes_for_what_hides_least_are_no_more_than_there_are(problems, window, share):
     candidates = {str(number): Candidate(problem=one, activation_bytes=0) for number, one in enumerate(problems)}

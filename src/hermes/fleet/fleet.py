@@ -118,6 +118,7 @@ class Fleet:
         sequence_length: int = 128,
         max_new_tokens: int = 0,
         matrix_bytes: int = MATRIX_BYTES,
+        resident_bytes: int | None = None,
     ) -> None:
         """Bring a model in; while others run, too: they wait for the moment in which bytes are divided anew.
 
@@ -135,14 +136,17 @@ class Fleet:
             sequence_length: tokens of each, likewise.
             max_new_tokens: likewise; 0 where forward alone is called.
             matrix_bytes: matrices of linear layers above this are computed by ranges of rows.
+            resident_bytes: weights that may stay in memory between its requests; 0 reads all of them for each, through
+                a window that takes the model's whole quota (SwapNet); None: what is best. A model smaller than its
+                smallest window stays.
 
         Raises:
-            InputError: a name taken twice, an importance that is not positive.
+            InputError: a name taken twice, an importance that is not positive, negative `resident_bytes`.
             BudgetError: not even the smallest windows fit; the fleet stays as it was.
             CheckpointError, ModelError, ReadError: as they say; likewise.
         """
         with self._changing:
-            self._check_new(name, importance, deadline_seconds)
+            self._check_new(name, importance, deadline_seconds, resident_bytes)
             if isinstance(model, nn.Module):
                 if checkpoint is None or not (example_args or example_kwargs):
                     raise InputError(f"{name}: a module needs its checkpoint and example_args, to be measured with")
@@ -175,6 +179,7 @@ class Fleet:
                         alone=not self._workers,
                         importance=importance,
                         deadline_seconds=deadline_seconds,
+                        resident_bytes=resident_bytes,
                     ),
                 }
                 self._prepared[name] = prepared
@@ -290,13 +295,17 @@ class Fleet:
 
     # ------------------------------------------------------------------ how
 
-    def _check_new(self, name: str, importance: float, deadline_seconds: float | None) -> None:
+    def _check_new(
+        self, name: str, importance: float, deadline_seconds: float | None, resident_bytes: int | None
+    ) -> None:
         if self._closed:
             raise InputError("the fleet is closed; make a new one")
         if name in self._candidates:
             raise InputError(f"there is a model {name!r} already; give the other one another name")
         if not importance > 0 or not (deadline_seconds is None or deadline_seconds > 0):
             raise InputError(f"{name}: importance {importance} and deadline {deadline_seconds} must be above 0")
+        if resident_bytes is not None and resident_bytes < 0:
+            raise InputError(f"{name}: resident_bytes {resident_bytes} must be 0 or more; 0 keeps nothing")
 
     def _running(self) -> tuple[Turns, Shares]:
         if self._turns is None or self._shares is None:

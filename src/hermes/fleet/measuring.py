@@ -35,6 +35,7 @@ def measure_candidate(
     alone: bool,
     importance: float,
     deadline_seconds: float | None,
+    resident_bytes: int | None,
 ) -> Candidate:
     """Call the model in a small window, unless a stored profile has its seconds.
 
@@ -66,6 +67,7 @@ def measure_candidate(
         scratch_bytes=scratch_bytes,
         importance=importance,
         deadline_seconds=deadline_seconds,
+        resident_bytes=resident_bytes,
     )
 
 

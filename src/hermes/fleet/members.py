@@ -1,7 +1,7 @@
 """A model as the planner tries it: its quota, window, and the weights that stay. Pure."""
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hermes.fleet.predict import Member
 from hermes.fleet.quota import Need
@@ -44,6 +44,8 @@ class Candidate:
         scratch_bytes: what computing a block takes besides; of one model at a time.
         importance: weight when bytes are shared out; and its requests are due sooner by this factor.
         deadline_seconds: after arrival; None: by importance.
+        resident_bytes: weights that may stay between requests, besides blocks that no window has room for; the rest of
+            the quota is window, as SwapNet's blocks fill it. None: what is best.
     """
 
     problem: Problem
@@ -51,6 +53,7 @@ class Candidate:
     scratch_bytes: int = 0
     importance: float = 1.0
     deadline_seconds: float | None = None
+    resident_bytes: int | None = None
 
     @property
     def compute_seconds(self) -> float:
@@ -98,12 +101,13 @@ def make_member(
     in_pass = problem.num_in_pass or len(problem.units)
     groups = [block for block in problem.groups[window[0]] if block[0] < in_pass]
     seconds = _seconds_of(problem, groups)
-    if free >= total:
+    allowed = candidate.resident_bytes if (candidate.resident_bytes or 0) < total else None
+    fitting = [one for one in _rings(slots, window) if one.kept_bytes + one.ring_bytes <= free]
+    if free >= total and (allowed is None or not fitting):
         ring = _Ring(kept=frozenset(), kept_bytes=total, ring_bytes=0)  # without a window nothing can be lent
         resident = spread(slots, total)
     else:
-        fitting = [one for one in _rings(slots, window) if one.kept_bytes + one.ring_bytes <= free]
-        ring = min(fitting, key=lambda one: one.ring_bytes)
+        ring = min(fitting, key=lambda one: one.ring_bytes) if allowed is None else _widest(fitting[0], free - allowed)
         rest = [() if number in ring.kept else loads for number, loads in enumerate(slots)]
         resident = _resident(rest, seconds, free - ring.ring_bytes - ring.kept_bytes, rate)
         for number in ring.kept:
@@ -178,6 +182,11 @@ class _Ring:
     kept: frozenset[int]
     kept_bytes: int
     ring_bytes: int
+
+
+def _widest(ring: _Ring, nbytes: int) -> _Ring:
+    """With all of these bytes that are not kept for its sake."""
+    return replace(ring, ring_bytes=max(ring.ring_bytes, (nbytes - ring.kept_bytes) // 4096 * 4096))
 
 
 def _rings(slots: Sequence[Sequence[int]], window: Window) -> list[_Ring]:
