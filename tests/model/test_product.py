@@ -92,6 +92,34 @@ def test_few_tokens(shape: tuple[int, int], tokens: int, stays: bool, monkeypatc
         assert same(got, functional.linear(x, weight, given))
 
 
+SCATTERED = {
+    "part of each token": lambda x: x.repeat(1, 1, 2)[..., : x.shape[2]],
+    "every other number": lambda x: x.repeat_interleave(2, dim=2)[..., ::2],
+    "turned": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last of each sequence": lambda x: x.transpose(0, 1).repeat(1, 3, 1)[:, -1:],
+    "one for all": lambda x: x[:, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", SCATTERED)
+@pytest.mark.parametrize("tokens", [1, 2, 4, MOST_TOKENS, 64])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_tokens_that_do_not_lie_side_by_side(dtype: torch.dtype, tokens: int, layout: str) -> None:
+    """torch multiplies these another way, which rounds otherwise; and so do ranges of a head."""
+    weight = weights(640, 576).to(dtype)
+    x = SCATTERED[layout](torch.randn(1, tokens, 576).to(dtype))
+    for bias in (None, torch.randn(640).to(dtype)):
+        expected = functional.linear(x, weight, bias)
+        assert same(product.linear(x, weight, bias), expected)
+        if dtype == BF16:
+            assert same(packed_rows(weight).linear(x, bias), expected)
+        ranges = product.Ranges(x, 640)
+        for begin in (0, 320):
+            part = None if bias is None else bias[begin : begin + 320]
+            product.multiply_range(ranges, begin, weight[begin : begin + 320], part, 640)
+        assert same(ranges.output, expected) or x.is_contiguous()
+
+
 @pytest.mark.parametrize("shape", [(1024, 512), (2304, 768), (1100, 4096), (512, 8192), (3072, 3072)])
 @pytest.mark.parametrize("tokens", [1, 2, 8, MOST_TOKENS, 17, 40, 128, 300])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])

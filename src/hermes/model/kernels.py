@@ -68,12 +68,12 @@ class Ranges:
     """One input's products with ranges of a matrix's rows: they share the output and, of float32, the turned tokens.
 
     Attributes:
-        x: the tokens, contiguous.
+        x: the tokens; contiguous for `multiply` and `multiply_token`.
         output: of all rows.
     """
 
     def __init__(self, x: torch.Tensor, rows: int) -> None:
-        self.x = x.contiguous()
+        self.x = x
         self.output = x.new_empty(*x.shape[:-1], rows)
         self._turned: torch.Tensor | None = None
 
@@ -113,19 +113,18 @@ class Ranges:
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sums: Sums) -> torch.Tensor:
-    """`x @ weight.T + bias`, summed in this order."""
+    """`x @ weight.T + bias` of contiguous tokens, summed in this order."""
     if weight.dtype == torch.float32:
         ranges = Ranges(x, weight.shape[0])
         ranges.multiply(0, weight, bias, sums)
         return ranges.output
-    x = x.contiguous()
     what, output = operands(x, weight.shape[0], bias, sums)
     native().multiply(weight.data_ptr(), *weight.shape, **what)
     return output
 
 
 def operands(x: torch.Tensor, rows: int, bias: torch.Tensor | None, sums: Sums) -> tuple[dict[str, int], torch.Tensor]:
-    """What the native module is told of tokens of bf16, which the caller keeps, and where their products will be."""
+    """What the native module is told of tokens of bf16, contiguous and kept by the caller, and where products go."""
     output = x.new_empty(*x.shape[:-1], rows)
     return {
         "x": x.data_ptr(),
@@ -147,8 +146,7 @@ def multiply_token(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 def multiply_turned(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, at_once: int) -> torch.Tensor:
-    """`x @ weight + bias` of one float32 token, one row after the other added to the bias, or eight (`EIGHT`)."""
-    x = x.contiguous()
+    """`x @ weight + bias` of one contiguous float32 token, one row after the other added to the bias, or `EIGHT`."""
     output = x.new_empty(*x.shape[:-1], weight.shape[1])
     native().multiply_float_columns(
         weight.data_ptr(), *weight.shape, x=x.data_ptr(), bias=bias.data_ptr(), by_eight=at_once == EIGHT,

@@ -131,7 +131,6 @@ class PackedRows:
         sums = _sums_for(x, torch.bfloat16, (self._whole_rows, self._shape[1]), bias)
         if sums is None or not _stays_packed(sums, x.numel() // self._shape[1]):
             return self._unpack_and_multiply(x, bias)
-        x = x.contiguous()
         what, output = operands(x, self._shape[0], bias, sums)
         check(native().multiply_packed(*self._matrix, **what), self._run.where)
         return output
@@ -310,9 +309,13 @@ def _sums_for(x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int], bias:
 
 
 def is_exact(x: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> bool:
-    """Whether operands are of this type, and torch multiplies them as they are."""
+    """Whether operands are of this type, and torch multiplies them as they are, tokens at once and bias first.
+
+    Tokens that are not contiguous it multiplies sequence by sequence, or adds the bias to the product.
+    """
     return (
         x.dtype == dtype
+        and x.is_contiguous()
         and not x.requires_grad
         and (bias is None or bias.dtype == dtype)
         and not torch.is_autocast_enabled("cpu")
