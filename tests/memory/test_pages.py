@@ -31,7 +31,48 @@ Anonymous:             0 kB
 
 
 def test_only_pages_equal_to_their_file_are_dropped() -> None:
-    assert list(untouched_code(SMAPS.splitlines())) == [(0x7F0000000000, 0x7F0000400000)]
+    lines, paths = SMAPS.splitlines(), {"/lib/libcode.so", "/data/shared", "/lib/small.so"}
+    assert list(untouched_code(lines, paths)) == [(0x7F0000000000, 0x7F0000400000)]
+    assert not list(untouched_code(lines, paths - {"/lib/libcode.so"}))
+
+
+def test_libraries_may_come_and_go_meanwhile() -> None:
+    """Pages that the loader is about to write, and addresses that are another's by now, are left alone."""
+    script = """
+import _ctypes, ctypes, mmap, tempfile, threading
+import tokenizers
+from hermes.memory.pages import drop_idle_pages
+path = tokenizers.tokenizers.__file__
+done = threading.Event()
+wrong = []
+def libraries():
+    with tempfile.NamedTemporaryFile(suffix=".so") as copy:
+        copy.write(open(path, "rb").read())
+        copy.flush()
+        while not done.is_set():
+            _ctypes.dlclose(ctypes.CDLL(copy.name)._handle)
+def files():
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(2**21))
+        file.flush()
+        while not done.is_set():
+            mmap.mmap(file.fileno(), 2**21, mmap.MAP_PRIVATE, mmap.PROT_READ).close()
+            with mmap.mmap(-1, 2**21) as memory:
+                memory[:] = b"x" * 2**21
+                if memory[:] != b"x" * 2**21:
+                    wrong.append(1)
+threads = [threading.Thread(target=one) for one in (libraries, files)]
+for one in threads:
+    one.start()
+for _ in range(40):
+    drop_idle_pages()
+done.set()
+for one in threads:
+    one.join()
+assert not wrong, len(wrong)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 def test_what_a_computation_uses_of_the_libraries_comes_back_at_once() -> None:

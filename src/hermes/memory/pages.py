@@ -8,7 +8,8 @@ import mmap
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -47,12 +48,32 @@ def drop_idle_pages() -> None:
     trim_heap()
     if (madvise := _madvise()) is None:
         return
-    for begin, end in untouched_code(_lines("/proc/self/smaps")):
-        madvise(begin, end - begin, _MADV_DONTNEED)
+    with _loaded({mapped.path for mapped in _libraries() if mapped.end - mapped.begin >= _SMALLEST_BYTES}) as paths:
+        for begin, end in untouched_code(_lines("/proc/self/smaps"), paths):
+            madvise(begin, end - begin, _MADV_DONTNEED)
 
 
-def untouched_code(smaps: Iterable[str]) -> Iterator[tuple[int, int]]:
-    """Address ranges, of a megabyte or more, that map files read-only and hold no page that differs from its file.
+@contextmanager
+def _loaded(paths: Iterable[str]) -> Iterator[Set[str]]:
+    """Those of the files that are libraries of this process; they are loaded whole, and stay, within the block.
+
+    Another thread may be loading one, whose pages are still to be written, or unload one, whose addresses may be
+    anybody's from then on. The loader is asked for what it has already: it answers when it is done with what it does.
+    """
+    loader = ctypes.CDLL(None)
+    loader.dlopen.argtypes, loader.dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+    loader.dlclose.argtypes = (ctypes.c_void_p,)
+    handles = {path: loader.dlopen(os.fsencode(path), os.RTLD_NOLOAD | os.RTLD_LAZY) for path in paths}
+    try:
+        yield {path for path, handle in handles.items() if handle} | {os.path.realpath("/proc/self/exe")}
+    finally:
+        for handle in handles.values():
+            if handle:
+                loader.dlclose(handle)
+
+
+def untouched_code(smaps: Iterable[str], paths: Set[str]) -> Iterator[tuple[int, int]]:
+    """Address ranges, of a megabyte or more, that map these files read-only, with no page that differs from its file.
 
     **Guarantee.** No range has an anonymous page: relocated data, which is read-only after it was written, would be
     lost. So a page that is dropped reads the same when it comes back.
@@ -62,7 +83,7 @@ def untouched_code(smaps: Iterable[str]) -> Iterator[tuple[int, int]]:
         if line[0] in "0123456789abcdef":
             mapped = _mapped(line)
         elif mapped is not None and line.startswith("Anonymous:") and line.split()[1] == "0":
-            if mapped.end - mapped.begin >= _SMALLEST_BYTES:
+            if mapped.path in paths and mapped.end - mapped.begin >= _SMALLEST_BYTES:
                 yield mapped.begin, mapped.end
 
 
