@@ -5,9 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as hf
 
 from hermes.checkpoint.synth import synth
 from hermes.model.inputs import example_inputs
+from hermes.model.lean import lean_imports
+from hermes.model.skeleton import build_skeleton
 from hermes.model.trace import trace, trace_apart
 from hermes.session import Workload, prepare_model
 
@@ -133,3 +137,14 @@ def test_a_trace_in_a_child_is_the_trace(tmp_path: Path, monkeypatch: pytest.Mon
     found, nbytes = trace_apart(prepared.module, (), inputs)
     assert found == here
     assert nbytes > 0
+
+
+def test_a_skeleton_draws_no_numbers(tmp_path: Path) -> None:
+    """So that what is not in the checkpoint gets the values of `from_pretrained`, behind the same seed."""
+    hf.ViTModel(hf.ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4)).save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    with lean_imports():
+        build_skeleton(tmp_path, auto_class="AutoModelForImageClassification", dtype=None)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))

@@ -129,11 +129,13 @@ def _as_it_is(function: Callable[..., Any] | None = None, *_: Any, **__: Any) ->
 class _PlainMeta(TorchFunctionMode):
     """Tensors on the meta device without torch's Python kernels for them.
 
-    Initialisation is left out; constants, as position tables, are computed on the CPU for the sake of their shape.
+    Initialisation is left out, and draws no numbers; constants, as position tables, are computed on the CPU for the
+    sake of their shape.
     """
 
     _RANDOM = (torch.Tensor.normal_, torch.Tensor.uniform_)
-    _MADE = (torch.arange, torch.linspace, torch.randn, torch.rand)
+    _DRAWN = (torch.randn, torch.rand)
+    _MADE = (torch.arange, torch.linspace)
     _COMPUTED = (
         torch.Tensor.__rtruediv__, torch.Tensor.__truediv__, torch.Tensor.div, torch.div, torch.Tensor.__pow__,
         torch.Tensor.__rpow__, torch.pow, torch.Tensor.mul, torch.mul, torch.einsum, torch.outer, torch.sin, torch.cos,
@@ -148,6 +150,8 @@ class _PlainMeta(TorchFunctionMode):
             tensor = args[0] if args else kwargs.get("tensor")
             if _is_meta(tensor):
                 return tensor
+        elif func in self._DRAWN and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            return torch.empty(*args, **{name: value for name, value in kwargs.items() if name != "generator"})
         elif func in self._MADE and torch.device(kwargs.get("device") or "cpu").type == "meta":
             return _to_meta(func(*args, **kwargs | {"device": "cpu"}))
         elif func in self._COMPUTED and _has_meta(args):
