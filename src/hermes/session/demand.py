@@ -23,12 +23,13 @@ def demand_of(prepared: Prepared, heap_bytes: int) -> Callable[[Sequence[Any], M
         return lambda args, kwargs: heap_bytes
     config = getattr(module, "config", None)
     eager = getattr(config, "_attn_implementation", None) == "eager"
+    heads = getattr(config, "num_attention_heads", 0) or 0  # of each stage, where there are some
     return Demand(
         planned=prepared.workload,
         trace=prepared.trace,
         heap_bytes=heap_bytes,
         vocabulary_size=vocabulary_size(module) if prepared.workload.max_new_tokens else 0,
-        eager_heads=int(getattr(config, "num_attention_heads", 0) or 0) if eager else 0,
+        eager_heads=(max(heads, default=0) if isinstance(heads, list | tuple) else int(heads)) if eager else 0,
         gathered_bytes=prepared.gathered_bytes,
     )
 
