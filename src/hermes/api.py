@@ -14,7 +14,7 @@ from hermes.device import Device, find_device
 from hermes.errors import InputError
 from hermes.memory.allocator import keep_heap_tight, put_off_collections
 from hermes.model.binding import HOST
-from hermes.model.units import Granularity
+from hermes.model.units import GRANULARITIES, Granularity
 from hermes.plan import Plan, Problem, make_plan, smallest_budget
 from hermes.profile import Calibration, Profile, measure_drift
 from hermes.session import (
@@ -58,6 +58,8 @@ SAMPLE_SECONDS = 0.5
 """Read to find out how fast the disk is now: so much, for so long at most."""
 PLANNING_PIECE_BYTES = 8 * 2**20
 """Piece size while costs are counted; the plan's own is used once it is there."""
+MOST_AGENTS = 64
+"""Threads; four get what most disks give."""
 
 
 def load(
@@ -86,7 +88,7 @@ def load(
 
     What comes back is the model itself: `forward` and `generate` as always, output bit for bit as if it were fully
     resident. It is a context manager too; `model.hermes` has the plan and what was measured, `model.hermes.close()`
-    ends it. One forward at a time.
+    ends it. Passes run without gradients, one at a time: a call from another thread waits.
 
     Args:
         model: a directory in Hugging Face layout, or a Hub id.
@@ -145,6 +147,7 @@ def load(
     return prepared.module
 
 
+@torch.inference_mode(False)  # of whoever calls: what is kept must serve in any mode
 def stream(
     module: nn.Module,
     checkpoint: str | Path,
@@ -170,6 +173,8 @@ def stream(
     (README.md, Limits). Other arguments, errors and what comes back as in `load`.
     """
     budget_bytes = parse_bytes(budget)
+    if not isinstance(example_args, tuple):
+        raise InputError(f"example_args is a {type(example_args).__name__}, not a tuple; give (input,)")
     keep_heap_tight()
     module.eval()
     prepared = prepare_module(
@@ -232,6 +237,7 @@ def profile(model: str | Path, *, workload: Workload | None = None, **options: A
     return measure_profile(_prepare(model, workload or Workload(max_new_tokens=2), {**options, "fresh": True}))
 
 
+@torch.inference_mode(False)
 def open_session(
     model: str | Path,
     *,
@@ -382,7 +388,14 @@ def _start(
 
 
 def _plan_within(problem: Problem, budget_bytes: int, **choices: Any) -> Plan:
-    """`make_plan` with what the system allows this process."""
+    """`make_plan` with what the system allows this process. Raises InputError for choices that there are not."""
+    agents, granularity, kept = (choices.get(name) for name in ("num_agents", "granularity", "resident_bytes"))
+    if agents is not None and not 1 <= agents <= MOST_AGENTS:
+        raise InputError(f"num_agents {agents} is not from 1 to {MOST_AGENTS}")
+    if granularity is not None and granularity not in GRANULARITIES:
+        raise InputError(f"unknown granularity {granularity!r}; choose {', '.join(GRANULARITIES)}")
+    if kept is not None and kept < 0:
+        raise InputError(f"resident_bytes {kept} must be 0 or more; 0 streams every block")
     return make_plan(
         problem,
         budget_bytes=budget_bytes,

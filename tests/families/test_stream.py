@@ -1,5 +1,7 @@
 """`hermes.stream`: any module, any state-dict file, whatever its control flow."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +141,10 @@ def test_what_is_asked_about_weights_costs_nothing(tmp_path: Path) -> None:
     path = saved(seeded(Straight), tmp_path / "w.safetensors")
     with hermes.stream(seeded(Straight), path, budget(), resident_bytes=0) as streamed:
         read = streamed.hermes.stats.bytes_read
-        assert {p.device.type for p in streamed.head.parameters()} == {"meta"}
+        assert {p.device.type for p in streamed.head.parameters()} == {"cpu"}  # where its inputs are to be
+        assert all(p.is_meta for p in streamed.head.parameters())
         assert sum(p.numel() for p in streamed.parameters()) > 30_000
-        assert streamed.head.weight.requires_grad is False
+        assert streamed.head.weight.requires_grad is True
         assert streamed.head.weight.grad is None
         assert set(streamed.state_dict()) == set(seeded(Straight).state_dict())
         assert streamed.requires_grad_(False) is streamed
@@ -150,6 +153,162 @@ def test_what_is_asked_about_weights_costs_nothing(tmp_path: Path) -> None:
         # Computed with outside any module's forward, a weight is read, and kept.
         assert torch.equal(streamed.head.weight.T.contiguous(), seeded(Straight).head.weight.detach().T)
         assert streamed.hermes.ledger.accounts["late"] > 0
+
+
+class Reaching(nn.Module):
+    """Takes weights of modules in other modules' time, in all ways, and has what is computed differently added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(100, 64)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+        self.own = nn.Linear(64, 64)
+        self.own.forward = lambda x: functional.linear(x, self.own.weight, self.own.bias) * 2  # type: ignore[method-assign]
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+        self.again = self.layers[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.table.weight.device)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        x = self.normed(self.own(x)) + functional.linear(x, self.layers[1].weight.detach())
+        x = x + functional.linear(x, self.layers[2].weight.data) if x.sum() != 3 else x
+        return functional.linear(self.again(x), self.table.weight)
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_weights_in_other_modules_time_are_there_once(tmp_path: Path, example: bool) -> None:
+    module, x = seeded(Reaching), torch.linspace(-1, 1, 3 * 64).view(3, 64)
+    path = saved(module, tmp_path / "w.pt")
+    own = (net := seeded(Reaching)).own.forward
+    options: dict[str, Any] = {"example_args": (x,)} if example else {}
+    with torch.no_grad():
+        expected = module(x)
+    with hermes.stream(net, path, budget(), resident_bytes=0, **options) as streamed:
+        late = []
+        for _ in range(4):
+            assert torch.equal(streamed(x), expected)
+            late.append(streamed.hermes.ledger.accounts.get("late", 0))
+        assert len(set(late)) == 1
+    assert net.own.forward is own
+
+
+class Latents(nn.Module):
+    """Returns a view of its own weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(64, 64))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.latents.expand(2, -1, -1), self.latents
+
+
+class Keeping(nn.Module):
+    """Holds on to such views while other weights pass by, and makes a table at its first use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = Latents()
+        self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+        self.table: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None or len(self.table) != len(x):
+            self.table = torch.arange(len(x))
+        first, second = self.latents()
+        x = self.layers(x) * self.table[:, None]
+        return x + first.mean(0).mean(0) + second[0]
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_views_of_weights_outlive_their_turn(tmp_path: Path, example: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._dynamo", torch)  # so that tracing is not in a process of its own
+    module, x = seeded(Keeping), torch.linspace(-1, 1, 3 * 64).view(3, 64)
+    path = saved(module, tmp_path / "w.safetensors")
+    options: dict[str, Any] = {"example_args": (x,)} if example else {}
+    with torch.no_grad(), hermes.stream(seeded(Keeping), path, budget(), resident_bytes=0, **options) as streamed:
+        assert streamed.table is None
+        for _ in range(2):
+            assert torch.equal(streamed(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("padding", [True, False])
+def test_torchs_own_encoder_takes_its_own_ways(tmp_path: Path, example: bool, padding: bool) -> None:
+    """Nested tensors for padding, one kernel for a layer: chosen by what the weights are, before they are used."""
+
+    def encoder() -> nn.Module:
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 3)
+
+    torch.manual_seed(0)
+    module, x = encoder().eval(), torch.randn(2, 6, 64)
+    path = saved(module, tmp_path / "w.safetensors")
+    mask = torch.tensor([[False] * 4 + [True] * 2, [False] * 6]) if padding else None
+    options: dict[str, Any] = {"example_args": (x,)} if example else {}
+    with torch.no_grad(), hermes.stream(encoder(), path, budget(), resident_bytes=0, **options) as streamed:
+        assert torch.equal(streamed(x, src_key_padding_mask=mask), module(x, src_key_padding_mask=mask))
+
+
+@pytest.mark.filterwarnings("ignore:for .*which is a no-op")
+def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
+    module = seeded(Straight)
+    path = saved(module, tmp_path / "w.safetensors")
+    with hermes.stream(seeded(Straight), path, budget(), resident_bytes=0) as streamed:
+        with pytest.raises(RuntimeError, match="on disk"):
+            streamed.load_state_dict(module.state_dict())
+        for write in (lambda w: w.zero_(), lambda w: w.data.fill_(1), lambda w: nn.init.ones_(w)):
+            with pytest.raises(hermes.InputError, match="on disk"):
+                write(streamed.head.weight)
+        with pytest.raises(hermes.InputError, match="on disk"):
+            torch.save(streamed.state_dict(), tmp_path / "again.pt")
+        with torch.no_grad():
+            assert torch.equal(streamed(PIXELS), module(PIXELS))
+
+
+def test_a_pass_waits_for_another_threads(tmp_path: Path) -> None:
+    module = seeded(Straight)
+    path = saved(module, tmp_path / "w.safetensors")
+    with torch.no_grad():
+        expected = module(PIXELS)
+    with hermes.stream(seeded(Straight), path, budget(), resident_bytes=0, example_args=(PIXELS,)) as streamed:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: streamed(PIXELS), range(60)))
+        assert all(torch.equal(answer, expected) for answer in answers)
+
+
+def test_outputs_have_no_gradients(tmp_path: Path) -> None:
+    module = seeded(Straight)
+    path = saved(module, tmp_path / "w.safetensors")
+    with hermes.stream(seeded(Straight), path, budget(), resident_bytes=0) as streamed:
+        assert not streamed(PIXELS.clone().requires_grad_()).requires_grad
+        assert not streamed.head(torch.zeros(1, 32)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_agents": 0}, "num_agents 0"),
+        ({"granularity": "tiny"}, "choose leaf"),
+        ({"resident_bytes": -1}, "0 or more"),
+        ({"example_args": PIXELS}, "not a tuple"),
+    ],
+)
+def test_options_that_there_are_not(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    path = saved(seeded(Straight), tmp_path / "w.safetensors")
+    with pytest.raises(hermes.InputError, match=message):
+        hermes.stream(seeded(Straight), path, budget(), **options)
+
+
+def test_loaded_in_a_mode_that_is_not_the_callers(tmp_path: Path) -> None:
+    module = seeded(Winding)
+    path = saved(module, tmp_path / "w.safetensors")
+    with torch.inference_mode():
+        streamed = hermes.stream(seeded(Winding), path, budget(), resident_bytes=0)
+        streamed(INPUTS[0])
+    with streamed, torch.no_grad():
+        assert torch.equal(streamed(INPUTS[1]), module(INPUTS[1]))
 
 
 def test_an_exception_in_forward_leaves_it_usable(tmp_path: Path) -> None:

@@ -449,9 +449,9 @@ def test_generation_keeps_matrices_packed(pair: Any, resident: int | None, lengt
     ) as model:
         assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), expected)
         prepared = model.hermes.prepared
-        blocks, _ = prepared.blocks(prepared.factory(4096, 2**20), "leaf")
-        kept = [name for block in blocks for name, rows in block.matrices.items() if isinstance(rows, PackedRows)]
-        assert len(set(kept)) == 2 * 7 + 1
+    blocks, _ = prepared.blocks(prepared.factory(4096, 2**20), "leaf")
+    kept = [name for block in blocks for name, rows in block.matrices.items() if isinstance(rows, PackedRows)]
+    assert len(set(kept)) == 2 * 7 + 1
 
 
 def test_a_packed_matrix_that_is_used_elsewhere_is_unpacked(pair: Any) -> None:

@@ -142,9 +142,9 @@ def test_generation(models, scheme, kept, length, name):
         assert torch.equal(got.sequences, expected.sequences)
         assert all(torch.equal(a, b) for a, b in zip(got.scores, expected.scores, strict=True))
         prepared = model.hermes.prepared
-        blocks, _ = prepared.blocks(prepared.factory(4096, 2**20), "leaf")
-        rows = [name for block in blocks for name, of in block.matrices.items() if isinstance(of, QuantizedRows)]
-        assert len(rows) == 2 * 7
+    blocks, _ = prepared.blocks(prepared.factory(4096, 2**20), "leaf")
+    rows = [name for block in blocks for name, of in block.matrices.items() if isinstance(of, QuantizedRows)]
+    assert len(rows) == 2 * 7
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

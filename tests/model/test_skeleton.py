@@ -72,7 +72,7 @@ def _bind(model, weights, checkpoint):
             parts = flat.split([torch.Size(shape).numel() for shape in source.shapes])
             flat = source.convert([part.view(shape) for part, shape in zip(parts, source.shapes, strict=True)])
         full = flat.reshape(hollow.shape).to(hollow.dtype)
-        full = nn.Parameter(full, requires_grad=False) if isinstance(hollow, nn.Parameter) else full
+        full = nn.Parameter(full, hollow.requires_grad) if isinstance(hollow, nn.Parameter) else full
         for table, leaf in homes:
             if table[leaf] is hollow:
                 table[leaf] = full
@@ -101,7 +101,7 @@ def _assert_same(ours, theirs):
             assert name == other_name
             assert (mine.dtype, mine.shape, mine.device) == (other.dtype, other.shape, other.device), name
             assert torch.equal(mine, other), name
-            assert not mine.requires_grad
+            assert mine.requires_grad is other.requires_grad, name
     ids = [[id(p) for _, p in model.named_parameters(remove_duplicate=False)] for model in (ours, theirs)]
     assert [i.index(x) for i in ids[:1] for x in i] == [i.index(x) for i in ids[1:] for x in i], "tied otherwise"
     assert ours.config.to_dict() == theirs.config.to_dict()
@@ -349,7 +349,7 @@ def test_plain_module_gives_its_memory_up(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "w.pt")
     weights = map_weights(net, checkpoint)
     finish_skeleton(net, weights)
-    assert all(parameter.is_meta and not parameter.requires_grad for parameter in net.parameters())
+    assert all(parameter.is_meta and parameter.requires_grad for parameter in net.parameters())
     assert net.again.weight is net.last.weight
     assert net.scale.item() == 2
     _bind(net, weights, checkpoint)

@@ -136,6 +136,21 @@ def test_one_tokens_scores_are_those_of_the_whole_head(tmp_path):
             assert torch.equal(got, expected) or not deals_out_rows(2)
 
 
+@pytest.mark.parametrize("sequences", [2, 5, 16])
+def test_scores_of_several_prompts_are_those_of_the_whole_head(tmp_path, sequences):
+    """A prompt's last tokens do not lie side by side: how torch multiplies those hangs on what the weights are, too."""
+    torch.manual_seed(0)
+    config = hf.GPT2Config(n_embd=128, n_layer=1, n_head=2, n_positions=32, vocab_size=16384)
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    resident = hf.GPT2LMHeadModel.from_pretrained(tmp_path)
+    ids = torch.randint(0, 8000, (sequences, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), hermes.load(tmp_path, budget=resident_bytes() + 400 * 2**20, resident_bytes=0) as model:
+        assert len([unit for unit in model.hermes.prepared.partition.units if unit.rows]) > 1
+        for options in ({"logits_to_keep": 1}, {}):
+            got, expected = (net(ids, **options).logits for net in (model, resident))
+            assert torch.equal(got, expected)
+
+
 def test_a_profile_of_ranges_knows_what_the_whole_matrix_costs(tmp_path):
     path = make(tmp_path, torch.bfloat16)
     found = hermes.profile(path, workload=WORKLOAD)

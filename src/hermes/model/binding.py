@@ -7,6 +7,7 @@ leaves its fast path, and its bits, when it sees a hook.
 
 import bisect
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -79,7 +80,7 @@ class BlockSource(Protocol):
 
 
 class Binding:
-    """Ties a skeleton to an engine. One forward at a time; `detach` leaves it with placeholders.
+    """Ties a skeleton to an engine. A pass waits for another thread's; `detach` leaves placeholders.
 
     Args:
         module: the skeleton.
@@ -117,12 +118,14 @@ class Binding:
         self._current: int | None = None
         self._is_all_bound = False
         self._places: list[tuple[Place, ...]] = [()] * len(blocks)  # of such as stay: always the same
-        self._in_pass = False
+        self._turn = threading.Lock()
+        self._thread: int | None = None  # whose pass is under way
         self._whole: Arena | None = None  # where matrices that came in ranges are put together
         self._ring: torch.UntypedStorage | None = _storage(source.ring)
         self._store: torch.UntypedStorage | None = _storage(source.store)
+        self._ring_home, self._store_home = self._ring._cdata, self._store._cdata
         modules = dict(module.named_modules())
-        self._forwards: list[nn.Module] = []
+        self._forwards: list[tuple[nn.Module, Any]] = []  # with the ones of their own that modules had
         for number, unit in enumerate(partition.units):
             inner, block = modules[unit.module], block_of_unit[number]
             if unit.rows is None and isinstance(inner, nn.Linear) and self._is_product(inner, unit, block):
@@ -132,6 +135,11 @@ class Binding:
                 self._replace(inner, self._turned_forward(inner, block))
             elif unit.rows is None:
                 self._replace(inner, self._unit_forward(inner, block))
+        for name, inner in modules.items():
+            first = f"{name}.layers.0".removeprefix(".")
+            numbers = [number for number, unit in enumerate(partition.units) if unit.module == first]
+            if isinstance(inner, nn.TransformerEncoder) and numbers:  # which chooses its way by those weights
+                self._replace(inner, self._unit_forward(inner, block_of_unit[numbers[0]]))
         tied: dict[str, Callable[[Sequence[int], torch.Tensor], bool]] = {}
         for name, units in partition.heads.items():
             ranges = [(block_of_unit[unit], partition.units[unit].rows or (0, 0)) for unit in units]
@@ -142,8 +150,7 @@ class Binding:
             embedding, weight = cast(nn.Embedding, modules[name]), weight_of(name)
             table = RowTable(embedding, weight, factory, source.fetch, tied.get(factory.canonical(weight)))
             self._replace(embedding, self._lookup_in(table))
-        for home in factory.homes:
-            home.watch(self._adopt)
+        self._watch()
         self._replace(module, self._pass_forward(module))
 
     def start(self) -> None:
@@ -153,7 +160,12 @@ class Binding:
             bound.bind(self._memory, places)
 
     def enter(self, block: int) -> None:
-        """Make `block` the one whose parameters are there; waits until it is loaded."""
+        """Make `block` the one whose parameters are there; waits until it is loaded.
+
+        Raises EngineError while another thread's pass is under way.
+        """
+        if self._thread is not None and self._thread != threading.get_ident():
+            raise EngineError("a part of the model was called while another thread's pass is under way; call the model")
         if block == self._current:
             return
         if self._is_all_bound and self._source.hold(block):
@@ -171,14 +183,19 @@ class Binding:
         Placeholders stay behind that refuse to be computed with.
         """
         self._leave()
-        for home in self._factory.homes:
-            home.vacate()
-        for module in self._forwards:
-            module.__dict__.pop("forward", None)
+        self._watch()
+        for module, own in reversed(self._forwards):
+            module.__dict__.pop("forward")
+            if own is not None:
+                module.__dict__["forward"] = own
         self._forwards = []
         self._ring = self._store = None
         # The placeholders know this binding, and the live tensors of its blocks the engine's memory.
         self._blocks, self._pinned = (), Block(name="pinned", loads=(), bound=())
+
+    def _watch(self) -> None:
+        for home in self._factory.homes:
+            home.watch(self._adopt, self._device)
 
     def _leave(self) -> None:
         held = range(len(self._blocks)) if self._is_all_bound else () if self._current is None else (self._current,)
@@ -237,36 +254,58 @@ class Binding:
         return unit.parameters == (self._factory.canonical(weight_of(unit.module)),)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.__dict__["forward"] = functools.wraps(module.forward)(forward)  # transformers reads its signature
-        self._forwards.append(module)
+        """Let calls of the module run this, without gradients: what they would be computed from is soon elsewhere."""
+
+        @functools.wraps(module.forward)  # transformers reads its signature
+        def without_gradients(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            with torch.no_grad():
+                return forward(*args, **kwargs)
+
+        self._forwards.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = without_gradients
 
     def _unit_forward(self, module: nn.Module, block: int) -> Callable[..., Any]:
         own = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.enter(block)
-            return own(*args, **kwargs)
+            return self._apart(own(*args, **kwargs))
 
         return forward
+
+    def _apart(self, output: Any) -> Any:
+        """What a module returns, copied where it is a view of its weights, whose memory is soon another block's."""
+        if isinstance(output, torch.Tensor):
+            home = output.untyped_storage()._cdata
+            return output.clone() if home in (self._ring_home, self._store_home) else output
+        return type(output)(map(self._apart, output)) if type(output) in (tuple, list) else output
 
     def _pass_forward(self, module: nn.Module) -> Callable[..., Any]:
         own = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._in_pass:
+            if self._thread == threading.get_ident():
                 return own(*args, **kwargs)
-            self._in_pass = True
-            try:
-                self._source.begin_pass(self._demand(args, kwargs))
-                self._bind_all()
-                return own(*args, **kwargs)
-            finally:
-                self._in_pass = False
-                self._whole = None
-                self._leave()
-                self._source.end_pass()
+            with self._turn:  # another thread's pass comes first
+                self._thread = threading.get_ident()
+                try:
+                    return self._run_pass(own, args, kwargs)
+                finally:
+                    self._thread = None
 
         return forward
+
+    def _run_pass(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            self._source.begin_pass(self._demand(args, kwargs))
+            self._bind_all()
+            return forward(*args, **kwargs)
+        finally:
+            self._whole = None
+            self._leave()
+            self._source.end_pass()
 
     def _linear_forward(self, linear: nn.Linear, name: str, ranges: _Ranges) -> _Forward:
         """Of ranges of rows, each in a block."""

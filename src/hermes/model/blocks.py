@@ -11,6 +11,7 @@ from torch import nn
 
 from hermes.checkpoint.chunks import PackedFile
 from hermes.checkpoint.index import DTYPE_BYTES, Extent
+from hermes.errors import InputError
 from hermes.model.mapping import Source, is_plain_linear, weight_of
 from hermes.model.product import PackedRows, Ranges, finish, linear, multiply_range
 from hermes.model.quantized import SCALE_BYTES, QuantizedRows
@@ -53,10 +54,13 @@ class Home:
         """Let the model find the placeholder on the meta device."""
         self.put(self._placeholder)
 
-    def watch(self, adopt: Callable[[str], torch.Tensor]) -> None:
-        """From now on the placeholder calls `adopt` when it is computed with."""
+    def watch(self, adopt: Callable[[str], torch.Tensor], device: torch.device) -> None:
+        """From now on the placeholder, which says that it is on `device`, calls `adopt` when it is computed with; once.
+
+        What it brings stays, for the next time.
+        """
         if isinstance(self.tensor, nn.Parameter):
-            self._placeholder = Stray(self.tensor, functools.partial(adopt, self.name))
+            self._placeholder = Stray(self.tensor, functools.cache(functools.partial(adopt, self.name)), device)
         self.vacate()
 
 
@@ -79,7 +83,7 @@ class Bound:
         self.loads = loads
         self.live: torch.Tensor = torch.empty(0, dtype=tensor.dtype, device=device)
         if isinstance(tensor, nn.Parameter):
-            self.live = nn.Parameter(self.live, requires_grad=False)
+            self.live = nn.Parameter(self.live, tensor.requires_grad)  # torch chooses products by that, too
         self._home = home if rows is None else None
         self._whole_rows = None if rows is None else tensor.shape[0]
         self._shape = tuple(tensor.shape) if rows is None else (rows[1] - rows[0], *tensor.shape[1:])
@@ -98,10 +102,12 @@ class Bound:
         if self._source.convert is None:
             place = places[self.loads.start]
             if place != self._place:  # resident ones stay where they are
-                self.live.set_(memory(place), place.offset // self._item_bytes, self._shape, self._stride)
+                with torch.no_grad():
+                    self.live.set_(memory(place), place.offset // self._item_bytes, self._shape, self._stride)
                 self._place = place
         else:
-            self.live.set_(self._convert(memory, places))  # type: ignore[call-overload]
+            with torch.no_grad():
+                self.live.set_(self._convert(memory, places))  # type: ignore[call-overload]
         if self._home is not None:
             self._home.put(self.live)
 
@@ -138,25 +144,45 @@ class Bound:
 class Stray(nn.Parameter):
     """A placeholder on the meta device that notices when it is computed with.
 
-    Its shape, dtype, device and detached self are free, as `state_dict` and transformers' checks want them. Whatever
-    else makes a tensor of it is run with the real weight, which `adopt` brings in and keeps, or refuses. Without this,
-    a product of a real tensor and a meta one is no error in torch: it gives numbers out of memory that nobody wrote.
+    Its shape, dtype and detached self are free, as `state_dict` and transformers' checks want them, and so is the
+    device: the one that its model computes on, where models put their inputs. Whatever else makes a tensor of it is run
+    with the real weight, which `adopt` brings in and keeps, or refuses. Without this, a product of a real tensor and a
+    meta one is no error in torch: it gives numbers out of memory that nobody wrote. Writing to it is refused: nothing
+    would come of it.
     """
 
     adopt: Callable[[], torch.Tensor]
+    home_device: torch.device
 
-    def __new__(cls, placeholder: torch.Tensor, adopt: Callable[[], torch.Tensor]) -> "Stray":
+    def __new__(cls, placeholder: torch.Tensor, adopt: Callable[[], torch.Tensor], device: torch.device) -> "Stray":
         """Of the same shape and dtype as `placeholder`."""
-        stray: Stray = torch.Tensor._make_subclass(cls, placeholder.detach(), False)
-        stray.adopt = adopt
+        stray: Stray = torch.Tensor._make_subclass(cls, placeholder.detach(), placeholder.requires_grad)
+        stray.adopt, stray.home_device = adopt, device
         return stray
+
+    def __deepcopy__(self, memo: object) -> "Stray":
+        """Raises InputError."""
+        raise InputError("a streamed model's weights are on disk; load it again, or copy its files")
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Likewise."""
+        return self.__deepcopy__({})
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run as it is; if a tensor (or an error) comes of it, run with the real weights."""
+        """Run as it is; if a tensor (or an error) comes of it, run with the real weights. Raises InputError."""
         kwargs = kwargs or {}
+        if func == _DEVICE:
+            return args[0].home_device
+        if func in _SAME:
+            with torch._C.DisableTorchFunctionSubclass():
+                return Stray(func(*args, **kwargs), args[0].adopt, args[0].home_device)
+        if _writes(func) and isinstance(args[0], Stray):
+            raise InputError(
+                "a streamed model's weights are on disk, and what is written to them is lost: write a file"
+            )
         with torch._C.DisableTorchFunctionSubclass():
             try:
                 result = func(*args, **kwargs)
@@ -168,7 +194,15 @@ class Stray(nn.Parameter):
             return func(*real_args, **real_kwargs)
 
 
-_FREE = {torch.Tensor.detach, torch.Tensor.data.__get__, torch.Tensor.requires_grad_}  # type: ignore[attr-defined]
+_DEVICE = torch.Tensor.device.__get__
+_SAME = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+_FREE = {torch.Tensor.requires_grad_}
+
+
+def _writes(func: Any) -> bool:
+    """Whether this is one of torch's functions that change their first operand."""
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__") and func not in _FREE
 
 
 def _adopted(value: Any) -> Any:
@@ -232,7 +266,7 @@ class LoadFactory:
         self._address_alignment = CACHE_LINE_BYTES if cache_lines else 1
         homes: dict[int, Home] = {}
         self._homes: dict[str, Home] = {}
-        for prefix, child in module.named_modules():
+        for prefix, child in module.named_modules(remove_duplicate=False):
             for table in (child._parameters, child._buffers):
                 for name, tensor in table.items():
                     if tensor is not None:

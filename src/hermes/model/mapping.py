@@ -27,7 +27,8 @@ from hermes.model.quantized import QuantizedMatrix
 from hermes.model.runs import Runs
 
 __all__ = [
-    "Source", "WeightMap", "is_plain_linear", "is_transformers_model", "is_turned_linear", "map_weights", "weight_of",
+    "Source", "WeightMap", "has_forward_of", "is_plain_linear", "is_transformers_model", "is_turned_linear",
+    "map_weights", "weight_of",
 ]  # fmt: skip
 
 _PREFIXES = ("module.", "model.")
@@ -97,14 +98,22 @@ def weight_of(module: str) -> str:
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling it is `functional.linear` with its weight and bias, and nothing that a class has added."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    """Whether calling it is `functional.linear` with its weight and bias, and nothing that anybody has added.
+
+    A class may, the instance (a `forward` of its own), or a parametrisation, which computes the weight.
+    """
+    return isinstance(module, nn.Linear) and has_forward_of(module, nn.Linear) and "weight" in module._parameters
+
+
+def has_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether calling it runs the forward of this class, not that of one under it, nor one of the instance's own."""
+    return type(module).forward is cls.forward and "forward" not in vars(module)
 
 
 def is_turned_linear(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D: a linear layer whose matrix lies turned."""
     layers = sys.modules.get("transformers.pytorch_utils")
-    return layers is not None and type(module) is layers.Conv1D
+    return layers is not None and type(module) is layers.Conv1D and has_forward_of(module, layers.Conv1D)
 
 
 def _map_plain(module: nn.Module, entries: Mapping[str, TensorEntry]) -> WeightMap:
@@ -325,7 +334,10 @@ def _extents(tensor: Runs, entries: Sequence[TensorEntry], item_bytes: int) -> t
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict without extra state, and with the module's own tensors in it: shared ones are the same object."""
     state = module.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    own = {
+        id(tensor) for one in module.modules() for table in (one._parameters, one._buffers) for tensor in table.values()
+    }
+    return {name: tensor for name, tensor in state.items() if id(tensor) in own}
 
 
 def _one_per_tensor(tensors: Mapping[str, torch.Tensor], sources: Mapping[str, Source]) -> dict[str, Source]:

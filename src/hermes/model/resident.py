@@ -47,7 +47,7 @@ def load_quantized(
     """The model with its quantised matrices as they are stored. Raises ModelError, CheckpointError, ReadError."""
     model = build_skeleton(directory, auto_class=auto_class, dtype=dtype, trust_remote_code=trust_remote_code)
     weights = map_weights(model, checkpoint)
-    finish_skeleton(model, weights)
+    finish_skeleton(model, weights, is_built=True)
     memory = [torch.frombuffer(file, dtype=torch.uint8) for file in _files(checkpoint)]
 
     def parts(source: Source) -> list[torch.Tensor]:
@@ -60,10 +60,10 @@ def load_quantized(
         place = tensors[name]
         if source.quantized:
             matrix = matrices[id(place)] = QuantizedMatrix(source.quantized, *parts(source))
-            homes[id(place)] = Stray(place, functools.partial(_floats, matrix, place.dtype))
+            homes[id(place)] = Stray(place, functools.partial(_floats, matrix, place.dtype), torch.device("cpu"))
         else:
             made = _made(source, parts(source), place)
-            homes[id(place)] = nn.Parameter(made, requires_grad=False) if isinstance(place, nn.Parameter) else made
+            homes[id(place)] = nn.Parameter(made, place.requires_grad) if isinstance(place, nn.Parameter) else made
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():

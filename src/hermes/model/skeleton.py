@@ -85,20 +85,24 @@ def build_skeleton(
         raise ModelError(f"{directory}: no model can be built from its config.json: {_one_line(error)}") from error
 
 
-def finish_skeleton(model: nn.Module, weights: WeightMap) -> None:
+def finish_skeleton(model: nn.Module, weights: WeightMap, *, is_built: bool = False) -> None:
     """Give `model` everything that is not on disk; exactly what `weights.sources` holds is on the meta device after.
 
     A skeleton of transformers gets its buffers, its missing parameters (initialised by the model itself, with torch's
     global generator, in `from_pretrained`'s order) and its ties, and transformers reports what was missing. In any
     other module, and in a transformers model that already has values, what is on disk is dropped from memory and the
     rest stays as it is; a module in training mode stays so. Persistent buffers are treated as parameters are.
+    `is_built` says that the model is `build_skeleton`'s: some make a few parameters on no device but the CPU.
 
     Raises ModelError where something has no value anywhere.
     """
-    if is_transformers_model(model) and all(parameter.is_meta for parameter in model.parameters()):
+    is_built = is_built or (is_transformers_model(model) and all(parameter.is_meta for parameter in model.parameters()))
+    if weights.unexpected and not is_built:
+        shown = ", ".join(weights.unexpected[:_NUM_NAMED])
+        logger.warning("%d tensors of the checkpoint are not used: %s", len(weights.unexpected), shown)
+    _drop_mapped(model, weights)
+    if is_built:
         _finish_transformers(model, weights)
-    else:
-        _drop_mapped(model, weights)
     on_disk = {id(tensor) for name, tensor in _tensors(model) if name in weights.sources}
     if empty := [name for name, tensor in _tensors(model) if tensor.is_meta and id(tensor) not in on_disk]:
         more = f" and {len(empty) - _NUM_NAMED} more" if len(empty) > _NUM_NAMED else ""
@@ -117,7 +121,8 @@ def move_values(module: nn.Module, device: torch.device) -> None:
             return None
         if id(tensor) not in moved:
             there = tensor.detach().to(device)
-            moved[id(tensor)] = nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
+            is_parameter = isinstance(tensor, nn.Parameter)
+            moved[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if is_parameter else there
         return moved[id(tensor)]
 
     _replace(module, on_device)
@@ -239,7 +244,6 @@ def _instance(
         model = model_class(config)
         patch_output_recorders(model)
     model.eval()
-    model.requires_grad_(False)
     if model.can_generate() and hasattr(model, "adjust_generation_fn"):
         model.adjust_generation_fn(
             generation_config=None,
@@ -276,6 +280,8 @@ def _finish_transformers(model: Any, weights: WeightMap) -> None:
     for name, tensor in _tensors(model):
         if name in weights.sources:
             tensor._is_hf_initialized = True  # as on a loaded one: initialisation passes it by and draws no numbers
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(tensor.is_floating_point())  # likewise
     info = LoadStateDictInfo(
         missing_keys=set(model.state_dict()) - weights.sources.keys(),
         unexpected_keys=set(weights.unexpected),
@@ -287,7 +293,6 @@ def _finish_transformers(model: Any, weights: WeightMap) -> None:
     config = LoadStateDictConfig(pretrained_model_name_or_path=model.name_or_path, dtype=dtype)
     model._finalize_model_loading(model, config, info)
     model.eval()
-    model.requires_grad_(False)
 
 
 def _keep_dtypes(model: nn.Module, weights: WeightMap, plan: dict[str, torch.dtype]) -> None:
@@ -306,10 +311,7 @@ def _keep_dtypes(model: nn.Module, weights: WeightMap, plan: dict[str, torch.dty
 
 
 def _drop_mapped(module: nn.Module, weights: WeightMap) -> None:
-    if weights.unexpected:
-        shown = ", ".join(weights.unexpected[:_NUM_NAMED])
-        logger.warning("%d tensors of the checkpoint are not used: %s", len(weights.unexpected), shown)
-    on_disk = {id(tensor): tensor for name, tensor in _tensors(module) if name in weights.sources}
+    on_disk = {id(tensor) for name, tensor in _tensors(module) if name in weights.sources and not tensor.is_meta}
     made: dict[int, torch.Tensor] = {}
 
     def dropped(_: str, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -323,7 +325,7 @@ def _drop_mapped(module: nn.Module, weights: WeightMap) -> None:
 def _meta_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The same without values. The layout is the plain one, in which bytes come from disk."""
     empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _replace(module: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:

@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,10 @@ from torch.utils.flop_counter import flop_registry
 from hermes.memory.probe import own_bytes
 from hermes.model.lean import leave_compiler_out
 
-__all__ = ["Trace", "Use", "tensors_in", "trace", "trace_apart"]
+__all__ = ["REACHING", "Trace", "Use", "tensors_in", "trace", "trace_apart"]
+
+REACHING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""torch's modules whose fast paths take the weights of modules inside them without calling those."""
 
 CHILD_SECONDS = 20.0
 """Without a word from the child that traces; it takes one or two."""
@@ -66,7 +69,7 @@ class Trace:
 
     def tokens(self, module: str, numel: int) -> int:
         """That a linear layer with a matrix of so many numbers multiplied; 0 if it did not run."""
-        return self.flops.get(module, 0) // (2 * numel)
+        return self.flops.get(module, 0) // (2 * max(1, numel))
 
 
 def trace(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace | None:
@@ -118,8 +121,9 @@ def trace_apart(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             while select.select([pipe], [], [], CHILD_SECONDS)[0] and (part := pipe.read(1 << 16)):
                 message += part
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        with suppress(ProcessLookupError, ChildProcessError):  # gone already, where nobody waits for children
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     try:
         result: tuple[Trace | None, int] = pickle.loads(message)
     except (EOFError, pickle.UnpicklingError):
@@ -214,8 +218,11 @@ def _fake(value: Any) -> Any:
 
 @contextmanager
 def _fake_weights(module: nn.Module) -> Iterator[dict[int, str]]:
-    """Swap parameters and buffers for fake ones; yields parameter names by storage. Call inside a FakeTensorMode."""
-    swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    """Swap parameters and buffers for fake ones; yields parameter names by storage. Call inside a FakeTensorMode.
+
+    Whatever the pass leaves in a module (tables that are made at the first use, caches) is taken away again.
+    """
+    before = [(table, dict(table)) for one in module.modules() for table in (vars(one), one._parameters, one._buffers)]
     fakes: dict[int, torch.Tensor] = {}  # tied tensors stay tied
     names: dict[int, str] = {}
     try:
@@ -230,17 +237,17 @@ def _fake_weights(module: nn.Module) -> Iterator[dict[int, str]]:
                             fake = nn.Parameter(fake, requires_grad=False)
                             names[fake.untyped_storage()._cdata] = f"{prefix}.{name}" if prefix else name
                         fakes[id(tensor)] = fake
-                    swapped.append((table, name, tensor))
                     table[name] = fakes[id(tensor)]
         yield names
     finally:
-        for table, name, tensor in swapped:
-            table[name] = tensor
+        for table, entries in before:
+            table.clear()
+            table.update(entries)
 
 
 @contextmanager
 def _module_stack(module: nn.Module, record: Trace) -> Iterator[list[tuple[str, int]]]:
-    """The modules that are running, innermost last, as (name, call number)."""
+    """The modules that are running, innermost last, as (name, call number); what is inside of a reaching one is it."""
     stack: list[tuple[str, int]] = [("", 0)]
     calls = 0
     handles = []
@@ -258,7 +265,10 @@ def _module_stack(module: nn.Module, record: Trace) -> Iterator[list[tuple[str, 
         stack.pop()
 
     try:
+        reaching = [f"{name}." if name else "" for name, child in module.named_modules() if isinstance(child, REACHING)]
         for name, child in module.named_modules():
+            if any(name.startswith(outer) and name for outer in reaching):
+                continue
             handles.append(child.register_forward_pre_hook(enter(name), prepend=True))
             handles.append(child.register_forward_hook(leave, always_call=True))
         yield stack

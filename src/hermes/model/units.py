@@ -14,8 +14,8 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from hermes.model.mapping import Source, WeightMap, is_plain_linear, is_turned_linear, weight_of
-from hermes.model.trace import Trace, Use
+from hermes.model.mapping import Source, WeightMap, has_forward_of, is_plain_linear, is_turned_linear, weight_of
+from hermes.model.trace import REACHING, Trace, Use
 from hermes.pipeload import smallest_ring
 
 __all__ = ["GRANULARITIES", "Granularity", "Partition", "Unit", "group_units", "partition", "row_step"]
@@ -29,8 +29,6 @@ HEAD_ROWS = 4096
 """Row ranges of a head are multiples of this: fewer rows can round differently from the whole matrix."""
 MATRIX_ROWS = 256
 """Row ranges of a large matrix are multiples of this."""
-_REACHING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-"""torch's modules whose fast paths take the weights of modules inside them without calling those."""
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.(.*))?$")
 
 
@@ -269,7 +267,7 @@ class _Tables:
         """The module assumed to use a parameter: its own, or the one around it that reaches past its forward."""
         path = name.split(".")[:-1]
         around = (".".join(path[:depth]) for depth in range(len(path)))
-        return next((outer for outer in around if isinstance(self.modules[outer], _REACHING)), ".".join(path))
+        return next((outer for outer in around if isinstance(self.modules[outer], REACHING)), ".".join(path))
 
     def is_buffer(self, name: str) -> bool:
         return name not in self._parameters
@@ -283,7 +281,7 @@ class _Tables:
         module = self.modules[name]
         return (
             isinstance(module, nn.Embedding)
-            and type(module).forward is nn.Embedding.forward
+            and has_forward_of(module, nn.Embedding)
             and module.max_norm is None
             and self._is_plain(self.weight(name))
         )

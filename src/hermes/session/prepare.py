@@ -94,7 +94,7 @@ def prepare_model(
                 attn_implementation=attn_implementation,
             )
             weights = map_weights(skeleton, checkpoint)
-            finish_skeleton(skeleton, weights)
+            finish_skeleton(skeleton, weights, is_built=True)
         workload = workload.within(max_length(skeleton))
         if not skeleton.can_generate():
             workload = replace(workload, max_new_tokens=0)
@@ -144,9 +144,9 @@ def _trace(skeleton: nn.Module, workload: Workload) -> tuple[Trace | None, int]:
     if inputs is None:
         return None, 0
     found, nbytes = trace_apart(skeleton, (), inputs)
-    if found is None and "logits_to_keep" in inputs:  # a model that does not know the argument
-        del inputs["logits_to_keep"]
-        found, nbytes = trace_apart(skeleton, (), inputs)
+    for doubtful in ("logits_to_keep", "pixel_values"):  # not every model knows it; images may want tokens in the text
+        if found is None and len(inputs) > 1 and inputs.pop(doubtful, None) is not None:
+            found, nbytes = trace_apart(skeleton, (), inputs)
     return found, nbytes
 
 

@@ -1,15 +1,17 @@
 """A model with its engine: started from a plan, closed once, reporting what it did."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, cast
 
+import torch
 from torch import nn
 
 from hermes.checkpoint.readers import Reader
 from hermes.engine import Engine, EngineConfig, EngineStats, LoadingAgents
+from hermes.errors import InputError
 from hermes.memory.allocator import grow_heap, hold_heap
 from hermes.memory.arena import Arena
 from hermes.memory.ledger import Ledger
@@ -107,12 +109,12 @@ def start_session(
     else:
         move_values(prepared.module, target.device.device)
     is_apart = target is not None and target.plan is not None
+    warmed, prepared = prepared.warmed, replace(prepared, warmed=None)
     factory = prepared.factory(reader.alignment, plan.piece_bytes)
     blocks, block_of_unit = prepared.blocks(factory, cast(Granularity, plan.granularity))
     pinned = factory.pinned(prepared.partition.pinned)
     bounced = any(piece.bounced for block in [*blocks, pinned] for load in block.loads for piece in load.pieces)
     ledger = quota or Ledger(plan.limit_bytes)
-    warmed, prepared = prepared.warmed, replace(prepared, warmed=None)
     if quota is None:
         hold_heap(plan.heap_bytes)
         ledger.reserve("floor", plan.floor_bytes)
@@ -145,6 +147,7 @@ def start_session(
     if warmed is not None:
         warmed.close()
     pulled: BlockSource = engine
+    linears = _linears(prepared)  # before they are bound
     try:
         pulled = source(engine)
         if target is not None:
@@ -178,7 +181,7 @@ def start_session(
         close()
         raise
     if quota is None and target is None:
-        _get_ready(prepared, plan)
+        _get_ready(prepared, plan, linears)
     # What stands before an engine in a fleet leads to the fleet, and to this module: the engine alone, there.
     weakref.finalize(prepared.module, pulled.close if is_apart else engine.close)
     return Session(
@@ -193,18 +196,31 @@ def start_session(
     )
 
 
-def _get_ready(prepared: Prepared, plan: Plan) -> None:
+def _linears(prepared: Prepared) -> list[tuple[nn.Linear, int]]:
+    """Linear layers that the traced pass multiplies with, and how many tokens."""
+    trace = prepared.trace
+    named = [] if trace is None else prepared.module.named_modules()
+    return [
+        (module, tokens)
+        for name, module in named
+        if is_plain_linear(module) and trace is not None and (tokens := trace.tokens(name, module.weight.numel()))
+    ]
+
+
+def _get_ready(prepared: Prepared, plan: Plan, linears: Sequence[tuple[nn.Linear, int]]) -> None:
     """What the first pass would have to do, done while the disk fills the window."""
     if prepared.trace is None:
         return
     grow_heap(min(prepared.trace.peak_bytes, plan.heap_bytes, GROWN_BYTES))
-    for name, module in prepared.module.named_modules():
-        if is_plain_linear(module) and (tokens := prepared.trace.tokens(name, module.weight.numel())):
-            try_order(module, tokens)
+    for module, tokens in linears:
+        try_order(module, tokens)
 
 
 def attach(module: nn.Module, session: Session) -> nn.Module:
-    """Make `module` carry its session as `module.hermes`, say where it computes, and close with a `with` block."""
+    """Make `module` carry its session as `module.hermes`, close with a `with` block, and refuse what it cannot do.
+
+    That is to be cast, moved, copied or saved: its weights are where they came from.
+    """
 
     def enter(self: Any) -> Any:
         return self
@@ -214,12 +230,27 @@ def attach(module: nn.Module, session: Session) -> nn.Module:
     ) -> None:
         self.hermes.close()
 
+    def apply(self: Any, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        for tensor in (*self.parameters(), *self.buffers()):
+            probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            changed = function(probe)
+            if (changed.dtype, changed.device) != (probe.dtype, probe.device):
+                raise InputError(
+                    f"the weights of a streamed model stay {probe.dtype} on {probe.device}; load it again, with dtype= "
+                    "or device="
+                )
+        return self
+
+    def refuse(self: Any, *_: Any, **__: Any) -> Any:
+        raise InputError(f"a streamed model holds no weights to copy or save; they are in {session.prepared.source}")
+
     cls = type(module)
     namespace: dict[str, Any] = {
-        "__enter__": enter, "__exit__": leave, "__module__": cls.__module__, "__qualname__": cls.__qualname__
+        "__enter__": enter, "__exit__": leave, "__module__": cls.__module__, "__qualname__": cls.__qualname__,
+        "_apply": apply, "__deepcopy__": refuse, "__reduce_ex__": refuse,
     }  # fmt: skip
-    if hasattr(cls, "device"):  # where transformers puts inputs; the placeholders' would be the meta device
-        namespace["device"] = session.prepared.device
+    if hasattr(cls, "save_pretrained"):
+        namespace["save_pretrained"] = refuse
     module.__class__ = type(cls.__name__, (cls,), namespace)
     object.__setattr__(module, "hermes", session)
     return module

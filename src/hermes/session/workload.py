@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from hermes.errors import InputError
 from hermes.model.trace import Trace
 
 __all__ = ["HEAP_SLACK_BYTES", "UNTRACED_HEAP_BYTES", "Workload", "heap_bytes"]
@@ -32,6 +33,8 @@ class Workload:
         max_new_tokens: tokens generated after the prompt; 0 for a model that does not generate.
         num_forwards: such a model's forward passes over inputs of this shape.
         varies: this shape is the largest of several.
+
+    Raises InputError where a number is too small.
     """
 
     batch_size: int = 1
@@ -39,6 +42,13 @@ class Workload:
     max_new_tokens: int = 0
     num_forwards: int = 1
     varies: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.sequence_length, self.num_forwards) < 1 or self.max_new_tokens < 0:
+            raise InputError(
+                f"batch size {self.batch_size}, {self.sequence_length} tokens and {self.max_new_tokens} new ones: "
+                "the first two must be 1 or more, the last 0 or more"
+            )
 
     @property
     def num_passes(self) -> int:
