@@ -169,9 +169,12 @@ def start_session(
         pulled.close()
         raise
     detach = weakref.WeakMethod(binding.detach)
+    # What stands before an engine in a fleet leads to the fleet, and to this module: the engine alone, there.
+    collected = weakref.finalize(prepared.module, pulled.close if is_apart else engine.close)
 
     def close() -> None:
         pulled.close()
+        collected.detach()  # which would keep the engine for as long as the module
         if (method := detach()) is not None:
             method()
 
@@ -182,8 +185,6 @@ def start_session(
         raise
     if quota is None and target is None:
         _get_ready(prepared, plan, linears)
-    # What stands before an engine in a fleet leads to the fleet, and to this module: the engine alone, there.
-    weakref.finalize(prepared.module, pulled.close if is_apart else engine.close)
     return Session(
         prepared=prepared,
         plan=plan,
