@@ -155,6 +155,23 @@ def test_closed_while_a_block_is_waited_for(checkpoints, second, monkeypatch, ti
         closing.join()
 
 
+def test_closed_by_the_copy_agent_itself(checkpoints, second, monkeypatch, tight):
+    with load(checkpoints["llama"]) as model, torch.no_grad():
+        device, source, raised = model.hermes.target.device, model.hermes.source, []
+        model(IDS.to("second"))
+
+        def close(*_):
+            try:
+                source.close()
+            except RuntimeError as error:
+                raised.append(error)
+
+        monkeypatch.setattr(device, "copy_in", close)
+        with pytest.raises(EngineError):
+            passes(model)
+        assert not raised
+
+
 def test_a_model_that_is_dropped_stops_its_agents(checkpoints, second, tight):
     model = load(checkpoints["bert"])
     with torch.no_grad():

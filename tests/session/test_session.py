@@ -1,6 +1,8 @@
 """A session from its start to its end: what it leaves behind, whoever ends it."""
 
 import gc
+import threading
+import time
 import weakref
 
 import pytest
@@ -9,9 +11,21 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hermes
+from hermes.engine import Engine
 from hermes.memory.probe import resident_bytes
 
 WIDTH, DEPTH = 256, 6
+
+
+def agents():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("hermes-")]
+
+
+def wait_until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -38,3 +52,33 @@ def test_a_closed_sessions_engine_goes_although_the_module_stays(stream):
         layer.weight = layer.bias = None
     gc.collect()
     assert engine() is None
+
+
+def test_an_agent_in_whose_thread_a_module_is_collected_waits_for_nobody(stream, monkeypatch):
+    """It holds the engine's lock, which another one waits for that is to be joined."""
+    taken_in, dropped, collecting = Engine._take_in_fetched, threading.Event(), []
+
+    def take_in(engine):
+        if threading.current_thread().name.startswith("hermes-loader-") and not collecting:
+            collecting.append(True)
+            assert dropped.wait(10)
+            gc.collect()
+        taken_in(engine)
+
+    monkeypatch.setattr(Engine, "_take_in_fetched", take_in)
+    gc.disable()
+    try:
+        model = stream(resident_bytes=0, num_agents=2)
+        wait_until(lambda under_way=model.hermes.engine._line.under_way: collecting and len(under_way) == 2)
+        del model
+        dropped.set()
+        wait_until(lambda: not agents())
+    finally:
+        gc.enable()
+
+
+def test_a_module_that_is_dropped_ends_its_agents(stream):
+    model = stream()
+    del model
+    gc.collect()
+    assert not agents()

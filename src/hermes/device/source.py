@@ -189,11 +189,11 @@ class DeviceSource(SourceAround):
         self._engine.count_pass()
 
     def close(self) -> None:
-        """Stop and join all agents, of the engine too, and drop the memory. Idempotent."""
+        """Stop all agents, of the engine too, join those that are not calling, and drop the memory. Idempotent."""
         self._engine.close()  # whom the Copy Agent may wait for
         with self._ready:
             self._ready.notify_all()
-        if self._agent.ident is not None:
+        if self._agent.ident is not None and self._agent is not threading.current_thread():
             self._agent.join()
         self._device.synchronize()
         self._host_ring = self._host_store = self.ring = self.store = torch.empty(0, dtype=torch.uint8)

@@ -1,5 +1,7 @@
 """A model with its engine: started from a plan, closed once, reporting what it did."""
 
+import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -170,7 +172,7 @@ def start_session(
         raise
     detach = weakref.WeakMethod(binding.detach)
     # What stands before an engine in a fleet leads to the fleet, and to this module: the engine alone, there.
-    collected = weakref.finalize(prepared.module, pulled.close if is_apart else engine.close)
+    collected = weakref.finalize(prepared.module, _close_collected, pulled.close if is_apart else engine.close)
 
     def close() -> None:
         pulled.close()
@@ -215,6 +217,16 @@ def _get_ready(prepared: Prepared, plan: Plan, linears: Sequence[tuple[nn.Linear
     grow_heap(min(prepared.trace.peak_bytes, plan.heap_bytes, GROWN_BYTES))
     for module, tokens in linears:
         try_order(module, tokens)
+
+
+def _close_collected(close: Callable[[], None]) -> None:
+    """Close the session of a module that the garbage collector has found, in whichever thread, holding what locks."""
+    if not threading.current_thread().name.startswith("hermes-"):
+        close()
+        return
+    # An agent would wait here for others that wait for a lock it holds.
+    with contextlib.suppress(RuntimeError):  # no thread begins while the interpreter ends, and all agents end then
+        threading.Thread(target=close, name="hermes-closer", daemon=True).start()
 
 
 def attach(module: nn.Module, session: Session) -> nn.Module:
