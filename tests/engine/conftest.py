@@ -1,5 +1,6 @@
 """A small checkpoint with known bytes, engines over it, readers that do as they are told, and a search for leaks."""
 
+import copy
 import json
 import os
 import random
@@ -94,7 +95,7 @@ class Scripted:
             number = len(self.reads)
         self.gate.wait()
         if self.fail_at is not None and number >= self.fail_at:
-            raise self.error
+            raise copy.copy(self.error)  # one of its own for each agent, as a system gives them
         return self._reader.read_into(file, offset, target, required)
 
     def check(self):

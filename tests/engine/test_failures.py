@@ -4,10 +4,12 @@ import os
 import shutil
 import signal
 import threading
+import traceback
+import weakref
 
 import pytest
 
-from hermes.errors import EngineError, ReadError
+from hermes.errors import EngineError, HermesError, ReadError
 from hermes.memory.arena import Arena
 
 NUM_BLOCKS = 5
@@ -81,6 +83,20 @@ def test_a_read_error_comes_out_of_the_wait(bench, eventually, threads, nth, ahe
     run.engine.close()
     assert not threads()
     assert run.reader.closed == 1
+
+
+@pytest.mark.parametrize("error", [ReadError("reading failed"), ValueError("odd")])
+@pytest.mark.parametrize("nth", range(1, 40, 4))
+def test_a_failed_engines_memory_goes_when_it_is_closed(bench, nth, error):
+    """The error that it keeps goes on telling where it came from, and holds none of it."""
+    run = bench(resident=PARTLY, num_agents=3)
+    memory = [weakref.ref(arena._map) for arena in (run.engine.ring, run.engine.store, *run.engine._line._buffers)]
+    run.reader.error, run.reader.fail_at = error, nth
+    with pytest.raises(HermesError):
+        run_on(run)
+    run.engine.close()
+    assert not [ref for ref in memory if ref() is not None]
+    assert "read_into" in "".join(traceback.format_exception(run.engine._error))
 
 
 def test_nothing_is_read_after_an_error(bench, eventually):

@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from hermes.errors import EngineError, HermesError, ReadError
 from hermes.memory.arena import Arena
 from hermes.pipeload.loads import Load, Piece
 
-__all__ = ["Line", "LoadingAgents", "Ticket"]
+__all__ = ["Line", "LoadingAgents", "Ticket", "forget_frames"]
 
 _NO_BUFFER = memoryview(b"")
 
@@ -201,6 +202,7 @@ class Line:
                 with self._agents.lock:
                     self._leave()
         except BaseException as error:  # whatever stops one read must stop the others, and be seen
+            del ticket  # the error, which is kept, keeps this frame
             with self._agents.lock:
                 self._stop()
             self._on_error(error)
@@ -244,6 +246,13 @@ class Line:
             raise
         except Exception as error:
             raise EngineError(f"{ticket.load.name}: cannot place its bytes: {error}") from error
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Drop what finished calls left in the traceback of an error and in those of its causes: slots of memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _settle(ticket: Ticket) -> None:

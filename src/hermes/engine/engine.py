@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from hermes.checkpoint.readers import Reader
-from hermes.engine.agents import Line, LoadingAgents, Ticket
+from hermes.engine.agents import Line, LoadingAgents, Ticket, forget_frames
 from hermes.engine.config import EngineConfig
 from hermes.engine.daemon import DaemonAgent
 from hermes.engine.holdings import Holdings
@@ -453,6 +453,7 @@ class Engine:
 
     def fail(self, error: BaseException) -> None:
         """This stopped an agent, or somebody on the way behind the engine: everything else stops with it."""
+        forget_frames(error)
         with self._lock:
             self._error = self._error or error
             self._staying = frozenset()
