@@ -170,16 +170,43 @@ def test_a_process_beyond_its_budget_is_refused_with_what_it_needs(bench, unwatc
     assert run.ledger.accounts["resident"] == sum(load.slot_bytes for load in run.pinned)
 
 
-def test_the_daemons_refusal_keeps_its_number(bench, monkeypatch, process, eventually):
+@pytest.fixture
+def noticed(bench, monkeypatch, process, eventually):
+    """An engine in the middle of a pass, whose Daemon Agent has seen a moment's excess."""
     monkeypatch.setattr("hermes.engine.daemon.WATCH_SECONDS", 0.001)
-    run = bench(limit_bytes=LIMIT, budget_bytes=LIMIT)
+    run = bench(resident=EVERYTHING, limit_bytes=LIMIT, budget_bytes=LIMIT)
     run.engine.start()
-    run.check(0)
-    process.watch(run, over=2**20)
-    eventually(lambda: not run.engine._daemon._thread.is_alive())
-    with pytest.raises(BudgetError, match="try --budget") as refusal:
-        run.engine.want(1)
+    run.check_pass()
+    run.engine.begin_pass()
+    assert run.engine.hold(0)
+    looks = []
+    monkeypatch.setattr(process, "trimmed", lambda limit: looks.append(limit) or (limit + 2**20) // len(looks))
+    eventually(lambda: len(looks) > 1)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("before", "ends"),
+    [
+        (lambda engine: None, lambda engine: engine.hold(1) or engine.want(1)),
+        (lambda engine: None, lambda engine: engine.want(1)),
+        (lambda engine: None, lambda engine: engine.end_pass()),
+        (lambda engine: engine.ask(1, lambda: None) or engine.want(1), lambda engine: engine.count_pass()),
+    ],
+    ids=["hold", "want", "end", "behind-the-copy-agent"],
+)
+def test_what_the_daemon_sees_ends_the_pass_under_way_and_no_other(noticed, before, ends):
+    before(noticed.engine)
+    with pytest.raises(BudgetError, match=r"no weights left to give back.*try --budget") as refusal:
+        ends(noticed.engine)
     assert refusal.value.minimum_bytes > LIMIT
+    noticed.engine.end_pass()
+    for _ in range(2):
+        noticed.check_pass()
+
+
+def test_what_the_daemon_has_seen_before_a_pass_does_not_end_it(noticed):
+    noticed.check_pass()
 
 
 def test_thrash_gives_back_a_step_at_a_time(bench, monkeypatch, process, eventually):

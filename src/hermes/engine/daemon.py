@@ -146,7 +146,7 @@ class DaemonAgent:
         ledger: the budget.
         config: the limit; without one somebody else watches, and there is a thread for the record alone.
         stats: memory goes there if the run is recorded.
-        on_error: told what stopped this agent.
+        on_error: told what stopped this agent; that weights do not suffice stops a pass, and is raised there.
     """
 
     def __init__(
@@ -168,12 +168,34 @@ class DaemonAgent:
         self._on_error = on_error
         self._clock = clock
         self._working_set = WorkingSet()
+        self._shortage: BudgetError | None = None  # found in the pass under way, and not raised yet
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hermes-daemon", daemon=True)
         if config.limit_bytes is not None or config.record:
             self._thread.start()
 
-    def balance(self, faults_per_second: float = 0.0) -> None:
+    def begin_pass(self) -> None:
+        """What was found before this one is nobody's any more."""
+        self._shortage = None
+
+    def raise_shortage(self) -> None:
+        """Raise, once, the BudgetError that the thread came upon: it ends the pass under way, and the next may fit."""
+        shortage, self._shortage = self._shortage, None
+        if shortage is not None:
+            raise shortage
+
+    def end_pass(self) -> None:
+        """Look now. Raises BudgetError where that, or the thread before, found too little to give back."""
+        self.raise_shortage()
+        self._balance()
+
+    def close(self) -> None:
+        """Stop and, from any other thread, join."""
+        self._closed.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _balance(self, faults_per_second: float = 0.0) -> None:
         """Give free heap back, then weights as far as needed. Raises BudgetError when that is not enough."""
         limit_bytes = self._config.limit_bytes
         if limit_bytes is None:
@@ -188,12 +210,6 @@ class DaemonAgent:
                 minimum_bytes = needed - freed + self._config.ring_bytes // 8
                 raise _outgrown(needed, self._ledger.budget_bytes, minimum_bytes)
 
-    def close(self) -> None:
-        """Stop and, from any other thread, join."""
-        self._closed.set()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join()
-
     def _run(self) -> None:
         try:
             self._watch()
@@ -207,7 +223,11 @@ class DaemonAgent:
             if self._config.record:
                 with self._lock:
                     self._stats.memory.append((self._clock(), resident_bytes()))
-            self.balance(rate)
+            with self._lock:
+                try:
+                    self._balance(rate)
+                except BudgetError as shortage:
+                    self._shortage = shortage
 
 
 def _outgrown(needed_bytes: int, budget_bytes: int, minimum_bytes: int) -> BudgetError:

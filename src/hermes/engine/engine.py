@@ -198,11 +198,13 @@ class Engine:
         Raises:
             ReadError: a file of the checkpoint could not be read, vanished or changed.
             EngineError: another agent failed, or the engine is closed.
+            BudgetError: once, where the Daemon Agent saw in this pass what `end_pass` would.
         """
         with self._lock:
             self.raise_if_stopped()
             start = self.clock()
             if self._asked != block:
+                self._daemon.raise_shortage()  # never after `ask`: the Copy Agent has no pass to end
                 self._ask(block, start)
             self._asked = None
             while self._granted is None:
@@ -269,6 +271,7 @@ class Engine:
         with self._lock:
             self.raise_if_stopped()
             self._holdings.reserve_heap(heap_bytes)
+            self._daemon.begin_pass()
             self.stats.begin_pass(self.clock())
 
     def end_pass(self) -> None:
@@ -290,7 +293,7 @@ class Engine:
             was_running = self.stats.end_pass(self.clock()) and not self.is_stopped
         if was_running:
             self._reader.check()
-        self._daemon.balance()
+        self._daemon.end_pass()
 
     def count_stall(self, seconds: float) -> None:
         """Somebody waited for what the engine had brought, on its further way."""
