@@ -209,6 +209,30 @@ def test_what_the_daemon_has_seen_before_a_pass_does_not_end_it(noticed):
     noticed.check_pass()
 
 
+def test_memory_that_was_taken_is_reserved_for_as_long_as_somebody_has_it(bench):
+    engine = bench().engine
+    tensor = engine.take(50_000).view[:10]
+    engine.take(60_000)  # whose fetch is interrupted
+    last = engine.take(4096)
+    assert engine.ledger.accounts["late"] == 50_000 + last.nbytes
+    del tensor, last
+    engine.begin_pass()
+    assert engine.ledger.accounts["late"] == 0
+
+
+def test_memory_is_taken_beside_heap_that_waits_for_room(bench):
+    needed = bench(resident=EVERYTHING).ledger.reserved_bytes
+    run = bench(resident=EVERYTHING, budget_bytes=needed)
+    run.engine.start()
+    run.check_pass()
+    run.check(1)
+    waiting = run.slot(0, 0) + run.slot(0, 1)  # as if block 1 were to leave it; what block 0 leaves comes first
+    run.engine._holdings._heap_bytes = waiting
+    taken = run.engine.take(run.slot(2, 1))
+    assert run.ledger.accounts["late"] == taken.nbytes
+    assert run.ledger.accounts["heap"] == waiting
+
+
 def test_thrash_gives_back_a_step_at_a_time(bench, monkeypatch, process, eventually):
     """Major faults, counted by a script: far more than a few per look."""
     count = itertools.count(0, 10**6)

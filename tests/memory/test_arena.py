@@ -80,6 +80,19 @@ def test_a_kept_alias_survives_close():
     assert bytes(alias) == b"\x01\xab\xab\xab"
 
 
+@pytest.mark.parametrize("begin", [None, 2 * PAGE])
+def test_a_reference_lives_as_long_as_the_memory(begin):
+    arena = Arena(4 * PAGE)
+    if begin is not None:
+        arena = arena.part(begin, PAGE)
+    memory, alias = arena.reference(), arena.view[:4]
+    arena.close()
+    gc.collect()
+    assert memory() is not None
+    del alias
+    assert memory() is None
+
+
 @pytest.mark.parametrize("nbytes", [0, 1, PAGE, PAGE + 1, 9 * MIB])
 def test_every_size_is_page_aligned_and_zero(nbytes):
     arena = Arena(nbytes)

@@ -187,10 +187,7 @@ class Engine:
         Raises BudgetError where that does not suffice.
         """
         with self._lock:
-            if nbytes > self.ledger.free_bytes:
-                self._holdings.evict(nbytes - self.ledger.free_bytes, at_once=True)
-            self.ledger.reserve("late", self.ledger.accounts.get("late", 0) + nbytes)
-        return Arena(nbytes)
+            return self._holdings.take(nbytes)
 
     def want(self, block: int) -> tuple[Place, ...]:
         """Release what is held, and block until every load of `block` is in memory; their places, in order.

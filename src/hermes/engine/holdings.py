@@ -1,5 +1,6 @@
 """What stays in memory between passes, and how it goes when room is needed: resident weights, packed ones, heap."""
 
+import weakref
 from collections.abc import Callable, Sequence
 
 from hermes.engine.config import EngineConfig
@@ -56,6 +57,7 @@ class Holdings:
         self._before_evicting = before_evicting
         self._gives_back = config.gives_back
         self._heap_bytes = 0  # that passes were found to take; reserved as far as there is room yet
+        self._late: list[tuple[weakref.ref[object], int]] = []  # what `take` gave, and its bytes
 
     @property
     def store(self) -> Arena:
@@ -85,11 +87,23 @@ class Holdings:
         self._count_evicted()
         self._grow_heap()
 
+    def take(self, nbytes: int) -> Arena:
+        """Memory that was not planned for, from what is kept if there is no room left: `Engine.take`."""
+        self._count_late()
+        # Anew each time: heap that waits for room has what comes free first.
+        while (missing := nbytes - self._ledger.free_bytes) > 0 and self.evict(missing, at_once=True):
+            pass
+        self._ledger.reserve("late", self._ledger.accounts.get("late", 0) + nbytes)
+        arena = Arena(nbytes)
+        self._late.append((arena.reference(), nbytes))
+        return arena
+
     def reserve_heap(self, nbytes: int) -> None:
         """Have room for a pass that outgrows the plan; what blocks under way still hold comes as they let go of it.
 
         Raises BudgetError where it cannot fit.
         """
+        self._count_late()
         missing = nbytes - self._ledger.accounts.get("heap", 0) - self._ledger.free_bytes
         if missing > 0 and (freed := self.evict(missing)) < missing:
             raise _too_large_a_pass(nbytes, self._ledger.budget_bytes, missing - freed)
@@ -104,6 +118,12 @@ class Holdings:
     def _grow_heap(self) -> None:
         heap_bytes = self._ledger.accounts.get("heap", 0)
         self._ledger.reserve("heap", max(heap_bytes, min(self._heap_bytes, heap_bytes + self._ledger.free_bytes)))
+
+    def _count_late(self) -> None:
+        """Memory that was taken is reserved for as long as somebody has it."""
+        if self._late:
+            self._late = [(memory, nbytes) for memory, nbytes in self._late if memory() is not None]
+            self._ledger.reserve("late", sum(nbytes for _, nbytes in self._late))
 
     def _count_evicted(self) -> None:
         self._stats.evicted_bytes = self.residents.evicted_bytes + self.shelf.evicted_bytes

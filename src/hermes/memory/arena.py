@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import weakref
 
 __all__ = ["Arena"]
 
@@ -51,6 +52,10 @@ class Arena:
         end = (self._begin + offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None and end > begin and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def reference(self) -> "weakref.ref[object]":
+        """Dead once the memory is gone. Of an arena that is not closed."""
+        return weakref.ref(self.view.obj)
 
     def close(self) -> None:
         """Drop this handle; where tensors over the memory are alive, it goes when they go."""
