@@ -1,5 +1,6 @@
 """Law 5: an error in any agent stops the others and comes out of the wait. Never a hang or a silent wrong number."""
 
+import errno
 import os
 import shutil
 import signal
@@ -217,6 +218,15 @@ def test_close_is_idempotent_and_final(bench, threads):
 def test_close_before_anything_was_done(bench, threads):
     bench().engine.close()
     assert not threads()
+
+
+def test_buffers_that_there_is_no_memory_for_leave_no_agents(bench, monkeypatch):
+    def refuse(nbytes):
+        raise OSError(errno.ENOMEM, "no room")
+
+    monkeypatch.setattr("hermes.engine.agents.Arena", refuse)
+    with pytest.raises(OSError, match="no room"):
+        bench()
 
 
 @pytest.mark.parametrize("what", ["want", "fetch"])

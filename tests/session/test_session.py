@@ -1,6 +1,8 @@
 """A session from its start to its end: what it leaves behind, whoever ends it."""
 
+import errno
 import gc
+import os
 import threading
 import time
 import weakref
@@ -52,6 +54,22 @@ def test_a_closed_sessions_engine_goes_although_the_module_stays(stream):
         layer.weight = layer.bias = None
     gc.collect()
     assert engine() is None
+
+
+def no_room(*_, **__):
+    raise OSError(errno.ENOMEM, "no room")
+
+
+@pytest.mark.parametrize(
+    "fails", ["session.session.settle_functions", "engine.engine.Holdings", "session.session.Binding"]
+)
+def test_a_session_that_cannot_be_started_leaves_no_file_open(stream, monkeypatch, fails):
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(f"hermes.{fails}", no_room)
+    with pytest.raises(OSError, match="no room"):
+        stream()
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+    assert not agents()
 
 
 def test_an_agent_in_whose_thread_a_module_is_collected_waits_for_nobody(stream, monkeypatch):

@@ -45,8 +45,8 @@ class Ticket:
 class LoadingAgents:
     """`num_agents` threads that read pieces, several of one block together (PIPELOAD stage 2).
 
-    They serve one engine, or all engines that share a disk: each has a `Line` in which its pieces wait. `close`, once
-    the lines are closed, ends the threads.
+    They serve one engine, or all engines that share a disk: each has a `Line` in which its pieces wait. The threads
+    begin with the first of these, and `close`, once the lines are closed, ends them.
     """
 
     def __init__(self, num_agents: int) -> None:
@@ -60,13 +60,20 @@ class LoadingAgents:
         self.work: SimpleQueue[None] = SimpleQueue()
         self.lines: list[Line] = []
         self._num_served = 0
-        self._closed = False
+        self._has_begun = self._closed = False
         self._threads = [
             threading.Thread(target=self._run, args=(number,), name=f"hermes-loader-{number}", daemon=True)
             for number in range(num_agents)
         ]
-        for thread in self._threads:
-            thread.start()
+
+    def serve(self, line: "Line") -> None:
+        """From now on."""
+        with self.lock:
+            if not self._has_begun:
+                for thread in self._threads:
+                    thread.start()
+            self._has_begun = True
+            self.lines.append(line)
 
     def close(self) -> None:
         """End the threads, after the reads under way. Idempotent."""
@@ -75,7 +82,7 @@ class LoadingAgents:
         for _ in self._threads:
             self.work.put(None)
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if self._has_begun and thread is not threading.current_thread():
                 thread.join()
 
     def _run(self, number: int) -> None:
@@ -149,8 +156,7 @@ class Line:
         self._clock = clock
         self._closed = False
         self._buffers = [Arena(buffer_bytes) for _ in range(agents.num_agents)] if buffer_bytes else []
-        with agents.lock:
-            agents.lines.append(self)
+        agents.serve(self)
 
     def submit(self, tickets: Iterable[Ticket], *, urgent: bool = False) -> None:
         """Queue every piece of the tickets, in order; urgent ones before all that is queued. Dropped once closed."""

@@ -93,7 +93,9 @@ def start_session(
     urgency: Callable[[], float] = lambda: 0.0,
     target: Target | None = None,
 ) -> Session:
-    """Take the memory (first what was found for it), start the agents, bind the model; the reader is closed with it.
+    """Take the memory (first what was found for it), start the agents, bind the model.
+
+    The reader is closed with the session, or at once where it cannot be started.
 
     With a `quota` the session is one of several in a budget: weights, window and buffers are reserved there, and floor
     and heap are the business of whoever gave it, who also watches real memory. `source` is what the model pulls its
@@ -105,57 +107,59 @@ def start_session(
         BudgetError: the plan does not fit its own limit any more.
         ReadError: the pinned weights could not be read.
     """
-    target = target or shared_target(prepared.device)
-    if target is None:
-        settle_functions()
-    else:
-        move_values(prepared.module, target.device.device)
-    is_apart = target is not None and target.plan is not None
-    warmed, prepared = prepared.warmed, replace(prepared, warmed=None)
-    factory = prepared.factory(reader.alignment, plan.piece_bytes)
-    blocks, block_of_unit = prepared.blocks(factory, cast(Granularity, plan.granularity))
-    pinned = factory.pinned(prepared.partition.pinned)
-    bounced = any(piece.bounced for block in [*blocks, pinned] for load in block.loads for piece in load.pieces)
-    ledger = quota or Ledger(plan.limit_bytes)
-    if quota is None:
-        hold_heap(plan.heap_bytes)
-        ledger.reserve("floor", plan.floor_bytes)
-        ledger.reserve("heap", plan.heap_bytes)
-        ledger.reserve("margin", min(MARGIN_BYTES, ledger.free_bytes))
-    blocks_in_pass = prepared.blocks_in_pass(block_of_unit)
-    take_memory: Callable[[int], Arena] = Arena if warmed is None else warmed.take
-    engine = Engine(
-        [block.loads for block in blocks] if target is None else target.loads_of(blocks),
-        pinned=pinned.loads,
-        reader=reader,
-        ledger=ledger,
-        config=EngineConfig(
-            ring_bytes=plan.ring_bytes,
-            resident=plan.resident,
-            packed=plan.packed,
-            num_agents=plan.num_agents,
-            buffer_bytes=factory.buffer_bytes if bounced else 0,
-            ahead=not plan.sequential,
-            blocks_in_pass=blocks_in_pass,
-            limit_bytes=plan.limit_bytes - MARGIN_BYTES // 2 if quota is None else None,
-            elastic=quota is not None and target is None,
-            gives_back=target is None or is_apart,
-            record=record,
-        ),
-        take_memory=take_memory if target is None else target.device.host_memory,
-        agents=agents,
-        urgency=urgency,
-    )
-    if warmed is not None:
-        warmed.close()
-    pulled: BlockSource = engine
-    linears = _linears(prepared)  # before they are bound
-    try:
+    with contextlib.ExitStack() as undo:  # what has begun, where the rest fails
+        undo.callback(reader.close)
+        target = target or shared_target(prepared.device)
+        if target is None:
+            settle_functions()
+        else:
+            move_values(prepared.module, target.device.device)
+        is_apart = target is not None and target.plan is not None
+        warmed, prepared = prepared.warmed, replace(prepared, warmed=None)
+        factory = prepared.factory(reader.alignment, plan.piece_bytes)
+        blocks, block_of_unit = prepared.blocks(factory, cast(Granularity, plan.granularity))
+        pinned = factory.pinned(prepared.partition.pinned)
+        bounced = any(piece.bounced for block in [*blocks, pinned] for load in block.loads for piece in load.pieces)
+        ledger = quota or Ledger(plan.limit_bytes)
+        if quota is None:
+            hold_heap(plan.heap_bytes)
+            ledger.reserve("floor", plan.floor_bytes)
+            ledger.reserve("heap", plan.heap_bytes)
+            ledger.reserve("margin", min(MARGIN_BYTES, ledger.free_bytes))
+        blocks_in_pass = prepared.blocks_in_pass(block_of_unit)
+        take_memory: Callable[[int], Arena] = Arena if warmed is None else warmed.take
+        engine = Engine(
+            [block.loads for block in blocks] if target is None else target.loads_of(blocks),
+            pinned=pinned.loads,
+            reader=reader,
+            ledger=ledger,
+            config=EngineConfig(
+                ring_bytes=plan.ring_bytes,
+                resident=plan.resident,
+                packed=plan.packed,
+                num_agents=plan.num_agents,
+                buffer_bytes=factory.buffer_bytes if bounced else 0,
+                ahead=not plan.sequential,
+                blocks_in_pass=blocks_in_pass,
+                limit_bytes=plan.limit_bytes - MARGIN_BYTES // 2 if quota is None else None,
+                elastic=quota is not None and target is None,
+                gives_back=target is None or is_apart,
+                record=record,
+            ),
+            take_memory=take_memory if target is None else target.device.host_memory,
+            agents=agents,
+            urgency=urgency,
+        )
+        if warmed is not None:
+            warmed.close()
+        undo.callback(engine.close)
         pulled = source(engine)
         if target is not None:
             pulled = target.source(
                 engine, pulled, blocks=blocks, pinned=pinned, factory=factory, blocks_in_pass=blocks_in_pass
             )
+            undo.callback(pulled.close)
+        linears = _linears(prepared)  # before they are bound
         binding = Binding(
             prepared.module,
             pulled,
@@ -167,36 +171,31 @@ def start_session(
             demand=demand_of(prepared, prepared.device_activation_bytes if is_apart else plan.heap_bytes),
             device=prepared.device,
         )
-    except BaseException:
-        pulled.close()
-        raise
-    detach = weakref.WeakMethod(binding.detach)
-    # What stands before an engine in a fleet leads to the fleet, and to this module: the engine alone, there.
-    collected = weakref.finalize(prepared.module, _close_collected, pulled.close if is_apart else engine.close)
+        detach = weakref.WeakMethod(binding.detach)
+        # What stands before an engine in a fleet leads to the fleet, and to this module: the engine alone, there.
+        collected = weakref.finalize(prepared.module, _close_collected, pulled.close if is_apart else engine.close)
 
-    def close() -> None:
-        pulled.close()
-        collected.detach()  # which would keep the engine for as long as the module
-        if (method := detach()) is not None:
-            method()
+        def close() -> None:
+            pulled.close()
+            collected.detach()  # which would keep the engine for as long as the module
+            if (method := detach()) is not None:
+                method()
 
-    try:
+        undo.callback(close)
         binding.start()
-    except BaseException:
-        close()
-        raise
-    if quota is None and target is None:
-        _get_ready(prepared, plan, linears)
-    return Session(
-        prepared=prepared,
-        plan=plan,
-        stats=engine.stats,
-        ledger=ledger,
-        engine=engine,
-        target=target,
-        source=pulled,
-        _close=close,
-    )
+        if quota is None and target is None:
+            _get_ready(prepared, plan, linears)
+        undo.pop_all()
+        return Session(
+            prepared=prepared,
+            plan=plan,
+            stats=engine.stats,
+            ledger=ledger,
+            engine=engine,
+            target=target,
+            source=pulled,
+            _close=close,
+        )
 
 
 def _linears(prepared: Prepared) -> list[tuple[nn.Linear, int]]:
