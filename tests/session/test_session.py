@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import signal
 import threading
 import time
 import weakref
@@ -100,3 +101,32 @@ def test_a_module_that_is_dropped_ends_its_agents(stream):
     del model
     gc.collect()
     assert not agents()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_waits_for_no_agent(stream, monkeypatch):
+    model = stream(resident_bytes=0)
+    gate, reading, read_into = threading.Event(), threading.Event(), model.hermes.engine._reader.read_into
+
+    def wait_and_read(*args):
+        reading.set()
+        gate.wait()
+        return read_into(*args)
+
+    monkeypatch.setattr(model.hermes.engine._reader, "read_into", wait_and_read)
+    computing = threading.Thread(target=model, args=(torch.ones(1, WIDTH),))
+    computing.start()
+    assert reading.wait(10)
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(10)
+        model.hermes.close()
+        for end in [end for end in weakref.finalize._registry if end.peek()[0] is model]:
+            end()  # as at the end of the interpreter
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    gate.set()
+    computing.join()
+    model.hermes.close()
+    assert status == 0

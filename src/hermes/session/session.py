@@ -1,6 +1,7 @@
 """A model with its engine: started from a plan, closed once, reporting what it did."""
 
 import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -71,7 +72,10 @@ class Session:
     _close: Callable[[], None]
 
     def close(self) -> None:
-        """Stop the agents, free the memory, close the files; the model cannot run any more. Idempotent."""
+        """Stop the agents, free the memory, close the files; the model cannot run any more. Idempotent.
+
+        Does nothing in a process that was forked from the session's: the agents, whom it would wait for, are not there.
+        """
         self._close()
 
     def __enter__(self) -> Self:
@@ -172,10 +176,14 @@ def start_session(
             device=prepared.device,
         )
         detach = weakref.WeakMethod(binding.detach)
+        process = os.getpid()
         # What stands before an engine in a fleet leads to the fleet, and to this module: the engine alone, there.
-        collected = weakref.finalize(prepared.module, _close_collected, pulled.close if is_apart else engine.close)
+        ending = pulled.close if is_apart else engine.close
+        collected = weakref.finalize(prepared.module, _close_collected, process, ending)
 
         def close() -> None:
+            if os.getpid() != process:
+                return
             pulled.close()
             collected.detach()  # which would keep the engine for as long as the module
             if (method := detach()) is not None:
@@ -218,8 +226,10 @@ def _get_ready(prepared: Prepared, plan: Plan, linears: Sequence[tuple[nn.Linear
         try_order(module, tokens)
 
 
-def _close_collected(close: Callable[[], None]) -> None:
+def _close_collected(process: int, close: Callable[[], None]) -> None:
     """Close the session of a module that the garbage collector has found, in whichever thread, holding what locks."""
+    if os.getpid() != process:
+        return
     if not threading.current_thread().name.startswith("hermes-"):
         close()
         return
