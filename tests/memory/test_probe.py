@@ -130,6 +130,25 @@ def test_container_sees_its_own_group_as_the_root(tmp_path):
     assert (cgroup.limit_bytes, cgroup.directory) == (2000, tmp_path / "sys/fs/cgroup")
 
 
+@pytest.mark.parametrize("own", ["/a/b", "/"], ids=["whole-path", "namespace"])
+def test_another_groups_subtree_mounted_before_ones_own(tmp_path, own):
+    tree = {path.replace("cgroup/a/b/", "cgroup/" if own == "/" else "cgroup/a/b/"): text for path, text in V2.items()}
+    tree["proc/self/cgroup"] = f"0::{own}\n"
+    tree["proc/self/mountinfo"] = "30 29 0:38 /other /host rw - cgroup2 cgroup2 rw\n" + V2["proc/self/mountinfo"]
+    make_tree(tmp_path, tree | {"host/memory.current": "1\n", "host/memory.max": "77\n"})
+    cgroup = probe.find_cgroup(tmp_path)
+    assert cgroup is not None
+    assert cgroup.limit_bytes == 2000
+
+
+@pytest.mark.parametrize(("high", "limit"), [("1500\n", 1500), ("2500\n", 2000), ("max\n", 2000)])
+def test_v2_takes_the_lower_of_its_two_limits(tmp_path, high, limit):
+    make_tree(tmp_path, V2 | {"sys/fs/cgroup/a/b/memory.high": high})
+    cgroup = probe.find_cgroup(tmp_path)
+    assert cgroup is not None
+    assert cgroup.limit_bytes == limit
+
+
 def test_a_mount_point_with_a_space(tmp_path):
     moved = {path.replace("sys/fs/cgroup", "my cgroups"): text for path, text in V2.items()}
     moved["proc/self/mountinfo"] = "41 31 0:38 / /my\\040cgroups rw - cgroup2 cgroup2 rw\n"

@@ -48,7 +48,8 @@ class Cgroup:
     """The memory cgroup that binds this process tightest.
 
     `directory` is the one among the process's own cgroup and its ancestors that has the smallest limit (its own where
-    none has any): charge, refaults and kills are read there, so that they are about the limit that will be hit.
+    none has any): charge, refaults and kills are read there, so that they are about the limit that will be hit. Of v2's
+    two limits the lower one counts: above memory.max processes are killed, above memory.high they are held up.
     """
 
     version: int
@@ -166,13 +167,16 @@ def memory_pressure(cgroup: Cgroup | None = None) -> float | None:
 def find_cgroup(root: Path = Path("/")) -> Cgroup | None:
     """The memory cgroup of this process, v1 or v2; None where there is none to be seen. `root` is for tests."""
     for version, own, top in _hierarchies(root):
-        usage, limit = (
-            ("memory.usage_in_bytes", "memory.limit_in_bytes") if version == 1 else ("memory.current", "memory.max")
+        usage, *limiting = (
+            ("memory.usage_in_bytes", "memory.limit_in_bytes")
+            if version == 1
+            else ("memory.current", "memory.max", "memory.high")
         )
         lineage = [d for d in (own, *own.parents) if d.is_relative_to(top) and (d / usage).exists()]
         if not lineage:
             continue  # v2 mounted for other controllers, or only the root group, which has no memory files
-        limits = [(n, d) for d in lineage if (n := _number(d / limit)) is not None and n < _UNLIMITED_BYTES]
+        found = [(_number(directory / limit), directory) for directory in lineage for limit in limiting]
+        limits = [(n, directory) for n, directory in found if n is not None and n < _UNLIMITED_BYTES]
         # min() keeps the first of equals: the innermost.
         limit_bytes, directory = min(limits, key=lambda pair: pair[0], default=(None, lineage[0]))
         return Cgroup(version=version, directory=directory, limit_bytes=limit_bytes)
@@ -191,23 +195,27 @@ def _hierarchies(root: Path) -> Iterator[tuple[int, Path, Path]]:
             paths[1] = path
         elif number == "0":
             paths[2] = path
-    mounts: dict[int, tuple[str, str]] = {}
+    mounts: dict[int, list[tuple[str, str]]] = {1: [], 2: []}
     for line in _text(root / "proc/self/mountinfo").splitlines():
         fields, _, source = line.partition(" - ")
         kind, _, options = source.split(" ", 2)
         mounted, point = (_unescape(field) for field in fields.split(" ")[3:5])
         if kind == "cgroup2":
-            mounts.setdefault(2, (mounted, point))
+            mounts[2].append((mounted, point))
         elif kind == "cgroup" and "memory" in options.split(" ")[-1].split(","):
-            mounts.setdefault(1, (mounted, point))
+            mounts[1].append((mounted, point))
     for version in (1, 2):
-        if version in paths and version in mounts:
-            mounted, point = mounts[version]
+        if version in paths and mounts[version]:
+            own = Path(paths[version])
+            # Another group's subtree may be mounted before the one that this process's group lies in.
+            mounted, point = next((one for one in mounts[version] if _holds(one[0], own)), mounts[version][0])
             top = root / point.lstrip("/")
             # A container sees its own group as the mount's root, whatever its full path is called outside.
-            own = Path(paths[version])
-            inside = own.relative_to(mounted) if own.is_relative_to(mounted) and ".." not in own.parts else Path()
-            yield version, top / inside, top
+            yield version, top / own.relative_to(mounted) if _holds(mounted, own) else top, top
+
+
+def _holds(mounted: str, own: Path) -> bool:
+    return own.is_relative_to(mounted) and ".." not in own.parts
 
 
 def _unescape(field: str) -> str:

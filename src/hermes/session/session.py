@@ -41,7 +41,7 @@ GROWN_BYTES = 15 * 2**20
 
 
 def memory_limit(budget_bytes: int) -> int:
-    """The budget, or the limit of the cgroup this process is in, if that is tighter."""
+    """The budget, or the limit of the cgroup this process is in (`Cgroup.limit_bytes`), if that is tighter."""
     cgroup = find_cgroup()
     if cgroup is None or cgroup.limit_bytes is None:
         return budget_bytes
