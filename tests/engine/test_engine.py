@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hermes.engine import EngineStats
 from hermes.errors import BudgetError, EngineError
 from hermes.memory.arena import Arena
 
@@ -232,3 +233,14 @@ def test_the_clock_is_the_callers(bench):
         run.engine.start()
         run.check_pass()
         assert run.engine.stats.pass_seconds == [0.0]
+
+
+def test_what_is_counted_of_passes_does_not_grow_without_end(monkeypatch):
+    monkeypatch.setattr("hermes.engine.stats.KEPT_PASSES", 3)
+    stats = EngineStats()
+    for number in range(10):
+        stats.begin_pass(10.0 * number)
+        stats.bytes_read += number
+        stats.end_pass(11.0 * number)
+    assert stats.passes == 10
+    assert (stats.pass_seconds, stats.pass_bytes, stats.pass_stall_seconds) == ([7.0, 8.0, 9.0], [7, 8, 9], [0.0] * 3)

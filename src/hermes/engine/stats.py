@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
-__all__ = ["EngineStats", "Span"]
+__all__ = ["KEPT_PASSES", "EngineStats", "Span"]
+
+KEPT_PASSES = 10_000
+"""Whose seconds and bytes are kept: a model may serve requests for months."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class EngineStats:
     current_block: int | None = None
     """The one that inference holds, or held last."""
     pass_seconds: list[float] = field(default_factory=list)
+    """Of the last `KEPT_PASSES`, as in the next two."""
     pass_bytes: list[int] = field(default_factory=list)
     pass_stall_seconds: list[float] = field(default_factory=list)
     evicted_bytes: int = 0
@@ -50,5 +54,7 @@ class EngineStats:
         self.pass_seconds.append(now_seconds - start_seconds)
         self.pass_bytes.append(self.bytes_read - nbytes)
         self.pass_stall_seconds.append(self.stall_seconds - stall_seconds)
+        for kept in (self.pass_seconds, self.pass_bytes, self.pass_stall_seconds):
+            del kept[:-KEPT_PASSES]
         self._pass = None
         return True
