@@ -6,7 +6,7 @@ import pytest
 
 from hermes.engine import EngineStats, LoadingAgents
 from hermes.engine.agents import Line, Ticket
-from hermes.errors import ReadError
+from hermes.errors import InputError, ReadError
 from hermes.pipeload import Load
 from hermes.pipeload.loads import Piece
 
@@ -58,6 +58,12 @@ def shared():
     yield made
     made.gate.set()
     made.agents.close()
+
+
+@pytest.mark.parametrize("num_agents", [0, -1])
+def test_no_agents_are_refused(num_agents):
+    with pytest.raises(InputError, match="never read anything; try --agents 1"):
+        LoadingAgents(num_agents)
 
 
 def test_the_most_urgent_line_is_served_first(shared):

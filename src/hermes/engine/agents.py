@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from hermes.checkpoint.readers import Reader
 from hermes.engine.shelf import Shelved
 from hermes.engine.stats import EngineStats
-from hermes.errors import EngineError, HermesError, ReadError
+from hermes.errors import EngineError, HermesError, InputError, ReadError
 from hermes.memory.arena import Arena
 from hermes.pipeload.loads import Load, Piece
 
@@ -47,9 +47,13 @@ class LoadingAgents:
 
     They serve one engine, or all engines that share a disk: each has a `Line` in which its pieces wait. The threads
     begin with the first of these, and `close`, once the lines are closed, ends them.
+
+    Raises InputError for fewer than one.
     """
 
     def __init__(self, num_agents: int) -> None:
+        if num_agents < 1:
+            raise InputError(f"{num_agents} Loading Agents would never read anything; try --agents 1")
         self.num_agents = num_agents
         # Reentrant, and whoever closes never waits for himself: the garbage collector may end an engine in any thread.
         self.lock = threading.RLock()
