@@ -70,6 +70,13 @@ def test_what_a_first_pass_computes_longer_hides_reading_too(make_problem):
     assert run(problem, ahead=False).first_pass_seconds == pytest.approx(3.0 + 1.5 + 6.0 + 2 * START_SECONDS)
 
 
+def test_no_passes_take_no_time(make_problem):
+    units = [([100], 0.5, 0.5)] * 3
+    none, one = run(make_problem(units, num_passes=0)), run(make_problem(units))
+    assert none.total_seconds == 0.0
+    assert none.first_pass_seconds == one.first_pass_seconds
+
+
 def test_sequential_is_the_sum(make_problem):
     problem = make_problem([([100], 0.5, 0.25)] * 3, num_passes=10)
     found = run(problem, ahead=False)

@@ -166,7 +166,7 @@ def simulate(
 
     carry_out(pipeline.start(), 0.0)
     ends: list[float] = []
-    for number in range(min(problem.num_passes, SIMULATED_PASSES)):
+    for number in range(min(max(1, problem.num_passes), SIMULATED_PASSES)):  # a workload of none has a first one, too
         for block, seconds in enumerate(first if number == 0 else later):
             granted = False
             carry_out(pipeline.on(BlockWanted(block)), now)
