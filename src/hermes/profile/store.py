@@ -89,12 +89,21 @@ def _nonsense(profile: Profile) -> str | None:
         return "batch, sequence or floor is negative"
     if not all(0 <= seconds < 1e-6 for seconds in profile.touch_seconds_per_byte):
         return f"{max(profile.touch_seconds_per_byte)} seconds to touch a byte"
-    if not 0 <= profile.unpack_bytes_per_second < 1e13:
-        return f"{profile.unpack_bytes_per_second} bytes a second unpacked"
+    for what, rate, most in (
+        ("bytes a second unpacked", profile.unpack_bytes_per_second, 1e13),
+        ("bytes a second streamed", profile.streaming_bytes_per_second, 1e13),
+        ("operations a second", profile.speed, 1e18),
+        ("seconds longer when cold", profile.cold_seconds, 1e6),
+        ("seconds between blocks", profile.boundary_seconds, 1e6),
+        ("refaults a second", profile.refaults_per_second, 1e9),
+    ):
+        if not 0 <= rate < most:
+            return f"{rate} {what}"
+    sizes = [nbytes for nbytes, _ in profile.windows]
+    if sizes != sorted(set(sizes)) or not all(nbytes >= 1 and 0 < share < 1e3 for nbytes, share in profile.windows):
+        return f"windows {profile.windows}"
     if not all(tokens >= 1 and 0 < share <= 1 for tokens, share in profile.quiet):
         return f"quiet {profile.quiet}"
-    if not 0 <= profile.cold_seconds < 1e6:
-        return f"{profile.cold_seconds} seconds longer when cold"
     for bandwidth in profile.bandwidths:
         if bandwidth.num_agents < 1 or bandwidth.piece_bytes < 1 or not 0 < bandwidth.bytes_per_second < 1e13:
             return f"bandwidth {bandwidth}"
