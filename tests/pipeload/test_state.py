@@ -208,6 +208,20 @@ def test_any_control_flow_is_computed_within_bounds(data, world, seed):
     assert not world.leaving
 
 
+def test_what_a_block_that_is_computed_gives_back_waits_although_its_next_visit_is_begun_anew():
+    world = World([[1], [1]], [{0}, {0}], 2)
+    world.compute(0, lambda _: 0)
+    while world.under_way:  # what comes next, of block 1, is only foreseen
+        world.finish(0)
+    world.take(world.pipeline.on(BlockForeseen(0)))
+    assert world.evict(0, 0)
+    assert world.evict(1, 0)  # at once: its visit, and block 0's behind it, are begun anew
+    assert world.leaving == {(0, 0)}
+    for block in (1, 0):
+        world.compute(block, lambda _: 0)
+    assert not world.leaving
+
+
 @settings(max_examples=200, deadline=None)
 @given(world=worlds(), seed=st.integers(0, 2**32), num_passes=st.integers(2, 5))
 def test_steady_passes_read_every_streamed_load_once(world, seed, num_passes):

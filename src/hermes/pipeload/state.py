@@ -256,7 +256,10 @@ class Pipeline:
                 foreseen = self._queue.pop()
                 self._under_way[foreseen.block].pop()
                 del self._visits[foreseen.number]
-                orders += [Discard(foreseen.block, leaving) for leaving in foreseen.leaving]
+                if earlier := self._under_way[foreseen.block]:  # it may be computed
+                    earlier[-1].leaving += foreseen.leaving
+                else:
+                    orders += [Discard(foreseen.block, leaving) for leaving in foreseen.leaving]
             self._push(block)
             return orders
         return [Discard(block, load)]
