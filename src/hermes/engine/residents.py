@@ -107,6 +107,7 @@ class Residents:
             if taken + slot_bytes <= nbytes and pipeline.can_keep(block, number):
                 self._ledger.reserve("resident", self._ledger.accounts["resident"] + slot_bytes)
                 self._slots[block, number] = self._spare.pop((block, number))
+                self.store.keep_apart(self._slots[block, number], slot_bytes)  # its neighbours may never come
                 taken += slot_bytes
                 keep(block, number)
         return taken

@@ -46,6 +46,16 @@ class Arena:
         length = self.nbytes - offset if nbytes is None else nbytes
         ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(self.view)) + offset, 0, length)
 
+    def keep_apart(self, offset: int, nbytes: int) -> None:
+        """Let a range share no huge page with what lies beside it: touching it would bring that along."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.view)) + offset
+        head = min(nbytes, -address % HUGE_PAGE_BYTES)
+        tail = min(nbytes - head, (address + nbytes) % HUGE_PAGE_BYTES)
+        for begin, length in ((offset, head), (offset + nbytes - tail, tail)):
+            into = (self._begin + begin) % mmap.PAGESIZE
+            if self._map is not None and length and hasattr(mmap, "MADV_NOHUGEPAGE"):
+                self._map.madvise(mmap.MADV_NOHUGEPAGE, self._begin + begin - into, length + into)
+
     def discard(self, offset: int, nbytes: int) -> None:
         """Give the whole pages inside the range back to the system; they read as zeros from now on."""
         begin = -(-(self._begin + offset) // mmap.PAGESIZE) * mmap.PAGESIZE
