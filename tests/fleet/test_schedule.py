@@ -36,13 +36,17 @@ class World:
         self.queues = {}  # model -> deadlines
         self.turns = []  # who had one, since the last change of who is active
         self.left = {}  # blocks to go
+        self.arrived = {}  # model -> requests so far, likewise below
+        self.begun = {}
         self.answered = 0
 
     def tell(self, event):
         for order in self.schedule.on(event):
             match order:
-                case Admit(name):
+                case Admit(name, request):
                     assert name not in self.active
+                    assert request == self.begun.get(name, 0)  # each once, in order
+                    self.begun[name] = request + 1
                     if self.policy == "deadline":  # nobody idle waits for an earlier one
                         idle = [min(q) for n, q in self.queues.items() if q and n not in self.active]
                         assert min(self.queues[name]) == min(idle)
@@ -61,6 +65,7 @@ class World:
                         assert len(set(recent)) == len(recent)  # each once in a rotation
                     self.running = name
         assert len(self.active) <= self.max_active
+        assert len(self.schedule.waiting) == sum(map(len, self.queues.values()))
 
     def check_live(self):
         """Work implies that somebody computes, or that somebody's block is on its way."""
@@ -69,7 +74,8 @@ class World:
 
     def arrive(self, name, patience, deadline):
         self.queues[name].append(max(self.now, deadline) if deadline is not None else self.now + patience)
-        self.tell(Arrived(name, self.now, deadline))
+        self.arrived[name] = self.arrived.get(name, 0) + 1
+        self.tell(Arrived(name, self.now, deadline, self.arrived[name] - 1))
 
     def step(self, ready):
         name, self.running = self.running, None
@@ -203,7 +209,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(EngineError, match="idle, not running"):
         schedule.on(Finished("a"))
     schedule.on(Arrived("a", 0.0))
-    with pytest.raises(EngineError, match="has left while"):
+    with pytest.raises(EngineError, match="has left with 1 requests"):
         schedule.on(Left("a"))
 
 

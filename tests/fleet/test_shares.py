@@ -29,7 +29,7 @@ def world():
     made.shares = Shares(1 << 50, 0, made.turns, elastic=False)
     made.shares.settle(0, 0)
     for name in NAMES:
-        made.turns.join(name, 1.0, lambda: None)
+        made.turns.join(name, 1.0, lambda request: None)
         made.shares.grant(name, 100)
     workers = {name: Worker(name, None, made.turns) for name in NAMES}
     made.shares.watch(workers, dict.fromkeys(NAMES, Need(least_bytes=10, most_bytes=200)), ROUND_SECONDS)
@@ -39,7 +39,7 @@ def world():
 
 def test_a_model_lends_what_it_has_not_needed_for_two_rounds_of_the_others(world):
     whole = dict.fromkeys(NAMES, 100)
-    world.turns.announce("one", None)
+    world.turns.submit("one", None, None)
     for now in (1.0, 2.0, 3.9):
         assert world.look(now) == whole
     assert world.look(4.1)["other"] == 10
@@ -48,13 +48,13 @@ def test_a_model_lends_what_it_has_not_needed_for_two_rounds_of_the_others(world
 def test_nobody_lends_while_nobody_asks(world):
     whole = dict.fromkeys(NAMES, 100)
     for name in NAMES:
-        world.turns.announce(name, None)
+        world.turns.submit(name, None, None)
     world.look(1.0)
     world.turns.finished("one")
     assert world.look(2.0) == whole
     world.turns.finished("other")
     for now in (3.0, 5.5, 60.0):  # "one" has been idle for longer, but nobody has any use for its bytes
         assert world.look(now) == whole
-    world.turns.announce("other", None)
+    world.turns.submit("other", None, None)
     assert world.look(61.0) == whole  # the pause counts for nothing
     assert world.look(66.0)["one"] == 10

@@ -203,10 +203,9 @@ class Fleet:
             gone = self._workers.pop(name, None)
             if gone is not None:
                 turns, shares = self._running()
-                turns.wait(name)
+                turns.leave(name)
                 gone.pause()
                 shares.let_go(name)
-                turns.leave(name)
             del self._candidates[name], self._prepared[name], self._codes[name]
             if self._workers:
                 self._settle()
@@ -277,15 +276,14 @@ class Fleet:
             self._closed = True
             if self._shares is not None:
                 self._shares.close()
-            if self._turns is not None:
-                self._turns.drain()
-                self._turns.close()
+            waiting = [] if self._turns is None else self._turns.close()
             self._lanes.close()
             for worker in self._workers.values():
-                worker.cancel()
                 worker.pause()
             if self._agents is not None:
                 self._agents.close()
+            for request in waiting:
+                request.cancel()
 
     def __enter__(self) -> Self:
         return self

@@ -75,6 +75,7 @@ class Lanes:
             request.switch()
             if not request.dead:
                 under_way[name] = request
+            del order, call, request  # nothing of what was asked stays in memory until the next order
 
 
 def drop_kernel_threads() -> bool:

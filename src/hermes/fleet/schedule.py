@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from hermes.errors import EngineError, InputError
 
@@ -45,18 +45,22 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """An idle model has gone, and the requests that waited for it with it."""
+    """A model has gone, whose requests are all answered."""
 
     model: str
 
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A request, at a time on the caller's clock, due at `deadline_seconds` on the same clock (None: by patience)."""
+    """A request, at a time on the caller's clock, due at `deadline_seconds` on the same clock (None: by patience).
+
+    `Admit` hands `request` back, whatever it is.
+    """
 
     model: str
     now_seconds: float
     deadline_seconds: float | None = None
+    request: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class Admit:
     """The model's oldest request may begin, once it is its turn."""
 
     model: str
+    request: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +125,14 @@ class _Model:
     state: _State = _State.IDLE
     deadline: float = 0.0
     """Of the request under way."""
-    queue: deque[float] = field(default_factory=deque)
-    """Deadlines of the requests that wait, oldest first."""
+    queue: deque[tuple[float, Any]] = field(default_factory=deque)
+    """Deadlines of the requests that wait, and these, oldest first."""
 
     @property
     def due(self) -> float:
         """The earliest deadline of all: whoever is first in line inherits it from those behind, who wait for it."""
         under_way = [] if self.state is _State.IDLE else [self.deadline]
-        return min([*under_way, *self.queue], default=float("inf"))
+        return min([*under_way, *(deadline for deadline, _ in self.queue)], default=float("inf"))
 
 
 class Schedule:
@@ -162,13 +167,14 @@ class Schedule:
                     raise InputError(f"there is a model {name!r} already; give the other one another name")
                 self._models[name] = _Model(patience_seconds=patience)
             case Left(name):
-                if self._models[name].state is not _State.IDLE:
-                    raise EngineError(f"{name} has left while it was {self._models[name].state.value}")
+                if backlog := self.backlog(name):
+                    raise EngineError(f"{name} has left with {backlog} requests to answer")
                 del self._models[name]
-            case Arrived(name, now, deadline):
+            case Arrived(name, now, deadline, request):
                 model = self._models[name]
                 # Never before its arrival: or a stream of requests that are late already could starve the others.
-                model.queue.append(now + model.patience_seconds if deadline is None else max(now, deadline))
+                due = now + model.patience_seconds if deadline is None else max(now, deadline)
+                model.queue.append((due, request))
             case Reached(name, ready):
                 self._stop(name, _State.READY if ready else _State.WAITING)
             case Ready(name):
@@ -202,8 +208,18 @@ class Schedule:
 
     def backlog(self, model: str) -> int:
         """Requests that wait or are under way."""
-        found = self._models[model]
-        return len(found.queue) + (found.state is not _State.IDLE)
+        found = self._models.get(model)
+        return 0 if found is None else len(found.queue) + (found.state is not _State.IDLE)
+
+    @property
+    def waiting(self) -> list[Any]:
+        """Requests that have not begun."""
+        return [request for model in self._models.values() for _, request in model.queue]
+
+    @property
+    def running(self) -> str | None:
+        """The model whose turn it is."""
+        return self._running
 
     def _stop(self, name: str, state: _State) -> None:
         self._expect(name, _State.RUNNING)
@@ -218,8 +234,8 @@ class Schedule:
         orders: list[Order] = []
         while (name := self._next_admitted()) is not None:
             model = self._models[name]
-            model.deadline, model.state = model.queue.popleft(), _State.READY
-            orders.append(Admit(name))
+            (model.deadline, request), model.state = model.queue.popleft(), _State.READY
+            orders.append(Admit(name, request))
         if self._running is None and (name := self._next_turn(self._last)) is not None:
             self._models[name].state = _State.RUNNING
             self._running = name

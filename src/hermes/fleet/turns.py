@@ -1,12 +1,16 @@
 """The schedule under a lock, with the requests that it lets compute; and what a model pulls its blocks through."""
 
+import functools
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from hermes.engine import Engine
+from hermes.errors import InputError
 from hermes.fleet.lanes import Lanes
 from hermes.fleet.schedule import (
+    Admit,
     Arrived,
     Changed,
     Event,
@@ -51,26 +55,45 @@ class Turns:
         self.clock = clock
         self.is_one_at_a_time = max_active == 1
         self._lanes = lanes
-        self._serve: dict[str, Callable[[], None]] = {}
+        self._serve: dict[str, Callable[[Any], None]] = {}
+        self._admitted: dict[str, Callable[[], None]] = {}
+        self._leaving: set[str] = set()
         self._schedule = Schedule(policy, max_active=max_active)
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         self._closed = False
         self._keeper: str | None = None  # whose turns all are until the next event
 
-    def join(self, model: str, patience_seconds: float, serve: Callable[[], None]) -> None:
-        """A model has come; `serve` answers one request, and raises nothing. Raises InputError if its name is taken."""
-        self._serve[model] = serve
+    def join(self, model: str, patience_seconds: float, serve: Callable[[Any], None]) -> None:
+        """A model has come; `serve` answers a request, and raises nothing. Raises InputError if its name is taken."""
         self._tell(Joined(model, patience_seconds))
+        self._serve[model] = serve
 
     def leave(self, model: str) -> None:
-        """An idle model has gone, with the requests that were announced for it."""
-        self._tell(Left(model))
+        """A model goes, and takes no requests from now on. Blocks until those it has taken are answered."""
+        with self._lock:
+            self._leaving.add(model)
+            try:
+                while self._schedule.backlog(model) and not self._closed:
+                    self._ended.wait()
+                self._take_in(Left(model))
+                del self._serve[model]
+            finally:
+                self._leaving.discard(model)
 
-    def announce(self, model: str, deadline_seconds: float | None) -> None:
-        """A request has arrived, due so many seconds from now."""
+    def submit(self, model: str, request: Any, deadline_seconds: float | None) -> None:
+        """A request has arrived, due so many seconds from now: it is served, or among those that `close` returns.
+
+        Raises InputError where there is no such model, or no more turns.
+        """
         now = self.clock()
-        self._tell(Arrived(model, now, None if deadline_seconds is None else now + deadline_seconds))
+        due = None if deadline_seconds is None else now + deadline_seconds
+        with self._lock:
+            if self._closed:
+                raise InputError("the fleet is closed; make a new one")
+            if model not in self._serve or model in self._leaving:
+                raise InputError(f"there is no model {model!r} any more; add it again")
+            self._take_in(Arrived(model, now, due, request))
 
     def reached(self, model: str, *, ready: bool) -> None:
         """Give the turn up, at a block boundary; `stand_by` follows."""
@@ -82,7 +105,9 @@ class Turns:
 
     def finished(self, model: str) -> None:
         """Give the turn up: the request is answered, and `serve` about to return."""
-        self._tell(Finished(model))
+        with self._lock:
+            self._admitted.pop(model, None)
+            self._take_in(Finished(model))
 
     def keeps(self, model: str) -> bool:
         """Within a turn: whether the next one is this model's, too, if its block is there. Most often costs nothing."""
@@ -115,33 +140,36 @@ class Turns:
             while self._schedule.active and not self._closed:
                 self._ended.wait()
 
-    def wait(self, model: str) -> None:
-        """Until the model has no request any more."""
-        with self._lock:
-            while self._schedule.backlog(model) and not self._closed:
-                self._ended.wait()
-
     def resume(self, policy: Policy, max_active: int) -> None:
         """Begin what waits, in this way. After `drain`."""
         self.is_one_at_a_time = max_active == 1
         self._tell(Changed(policy, max_active))
 
-    def close(self) -> None:
-        """Give no more turns. After `drain`."""
+    def close(self) -> list[Any]:
+        """Give no more turns once the requests under way are answered; those that will never begin. Idempotent."""
+        self.drain()
         with self._lock:
+            waiting = [] if self._closed else self._schedule.waiting
             self._closed = True
             self._ended.notify_all()
+            return waiting
 
     def _tell(self, event: Event) -> None:
         with self._lock:
-            if self._closed:
-                return
-            self._keeper = None
-            orders = self._schedule.on(event)
-            self._ended.notify_all()
-            for order in orders:
-                if isinstance(order, Go):  # one that is admitted begins with its first turn
-                    self._lanes.go(order.model, self._serve[order.model])
+            self._take_in(event)
+
+    def _take_in(self, event: Event) -> None:
+        if self._closed:
+            return
+        self._keeper = None
+        orders = self._schedule.on(event)
+        self._ended.notify_all()
+        for order in orders:
+            match order:
+                case Admit(model, request):
+                    self._admitted[model] = functools.partial(self._serve[model], request)
+                case Go(model):  # one that is admitted begins with its first turn
+                    self._lanes.go(model, self._admitted[model])
 
 
 class TurnSource(SourceAround):

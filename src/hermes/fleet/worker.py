@@ -1,23 +1,23 @@
 """A model of a fleet: takes requests one after the other, waits for its turn, computes, answers."""
 
 import contextlib
-import queue
+import copy
 import traceback
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hermes.engine import LoadingAgents
-from hermes.errors import EngineError, HermesError
+from hermes.errors import EngineError, HermesError, ReadError
 from hermes.fleet.turns import Turns, TurnSource
 from hermes.memory.ledger import Ledger
 from hermes.plan import Plan
 from hermes.session import Prepared, Session, start_session
 
-__all__ = ["Answered", "Worker"]
+__all__ = ["Answered", "Request", "Worker"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,18 +31,35 @@ class Answered:
     late: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A use of a model, and the future of who asked for it."""
+
     call: Callable[[Any], Any]
     future: "Future[Any]"
     arrived_seconds: float
     deadline_seconds: float | None
 
+    def settle(self, result: Any, error: BaseException | None) -> None:
+        """It is answered."""
+        # A callback's Exception is logged by the future; its SystemExit would end the thread that computes for all.
+        with contextlib.suppress(BaseException):
+            if error is not None:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(result)
+
+    def cancel(self) -> None:
+        """It will never begin."""
+        with contextlib.suppress(SystemExit):  # of a callback: others wait to be told, too
+            self.future.cancel()
+        self.future.set_running_or_notify_cancel()
+
 
 class Worker:
     """Runs one model. `submit` from any thread; `start` and `pause` while no request is under way (`Turns.drain`).
 
-    `Turns` has `serve` called once for each request that was submitted, one at a time, when it is its turn.
+    `Turns` has `serve` called with each request that was submitted, one at a time, when it is its turn.
 
     What a request raises goes to its future, and the model goes on. Where its engine has failed (a file that cannot be
     read), its memory is given back, `failure` says why, and every further request gets that error.
@@ -52,10 +69,9 @@ class Worker:
         self.name = name
         self.prepared = prepared
         self.answered: list[Answered] = []
-        self.failure: BaseException | None = None
+        self.failure: HermesError | None = None
         self.session: Session | None = None
         self._turns = turns
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
 
     def start(self, plan: Plan, quota: Ledger, agents: LoadingAgents) -> None:
         """Begin to run with this plan; blocking until small weights are read. Where they cannot be, it has failed."""
@@ -64,7 +80,7 @@ class Worker:
             try:
                 self._start(plan, quota, agents)
             except HermesError as error:
-                self.failure = error
+                self.failure = copy.copy(error)
 
     def _start(self, plan: Plan, quota: Ledger, agents: LoadingAgents) -> None:
         self.session = start_session(
@@ -78,11 +94,12 @@ class Worker:
         )
 
     def submit(self, call: Callable[[Any], Any], deadline_seconds: float | None) -> "Future[Any]":
-        """`call(module)` when its turn comes; never blocks."""
-        job = _Job(call=call, future=Future(), arrived_seconds=self._turns.clock(), deadline_seconds=deadline_seconds)
-        self._turns.announce(self.name, deadline_seconds)
-        self._jobs.put(job)
-        return job.future
+        """`call(module)` when its turn comes; never blocks. Raises InputError where the model has gone."""
+        request = Request(
+            call=call, future=Future(), arrived_seconds=self._turns.clock(), deadline_seconds=deadline_seconds
+        )
+        self._turns.submit(self.name, request, deadline_seconds)
+        return request.future
 
     def pause(self) -> None:
         """Give all memory for weights back; `start` goes on."""
@@ -90,38 +107,24 @@ class Worker:
             self.session.close()
             self.session = None
 
-    def cancel(self) -> None:
-        """Of what was submitted and has not begun; `Turns` is closed."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._jobs.get_nowait().future.set_exception(CancelledError(f"{self.name}: the fleet was closed"))
-
-    def serve(self) -> None:
-        """Answer the oldest request. Raises nothing: what the request raises is its answer."""
-        self._answer(self._jobs.get())
-
-    def _answer(self, job: _Job) -> None:
+    def serve(self, request: Request) -> None:
+        """Answer it, unless its owner has cancelled it. Raises nothing: what the request raises is its answer."""
+        if not request.future.set_running_or_notify_cancel():
+            self._turns.finished(self.name)
+            return
         result: Any = None
         error: BaseException | None = None
         began = self._turns.clock()
         try:
-            if self.failure is not None:
-                raise self.failure
-            if self.session is None:
-                raise EngineError(f"{self.name} is not running; start the fleet")
-            with torch.no_grad():
-                result = job.call(self.prepared.module)
+            result = self._compute(request.call)
         except BaseException as raised:
             error = raised
-            traceback.clear_frames(raised.__traceback__)  # whose locals may be views of weights
-            if isinstance(raised, EngineError | OSError) and self.failure is None:
-                self.failure = raised if isinstance(raised, HermesError) else EngineError(f"{self.name}: {raised}")
-                self.pause()
+            self._learn_from(raised)
         now = self._turns.clock()
-        due = None if job.deadline_seconds is None else job.arrived_seconds + job.deadline_seconds
+        due = None if request.deadline_seconds is None else request.arrived_seconds + request.deadline_seconds
         self.answered.append(
             Answered(
-                arrived_seconds=job.arrived_seconds,
+                arrived_seconds=request.arrived_seconds,
                 began_seconds=began,
                 ended_seconds=now,
                 failed=error is not None,
@@ -129,7 +132,33 @@ class Worker:
             )
         )
         self._turns.finished(self.name)
-        if error is not None:
-            job.future.set_exception(error)
-        else:
-            job.future.set_result(result)
+        request.settle(result, error)
+
+    def _compute(self, call: Callable[[Any], Any]) -> Any:
+        if self.failure is not None:
+            raise copy.copy(self.failure)  # one that is raised again would gather the frames of every request
+        if self.session is None:
+            raise EngineError(f"{self.name} is not running; start the fleet")
+        with torch.no_grad():
+            return call(self.prepared.module)
+
+    def _learn_from(self, raised: BaseException) -> None:
+        """Whether the model can go on after what a request has raised."""
+        error: BaseException | None = raised
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)  # whose locals may be views of weights
+            error = error.__cause__ or error.__context__
+        if self.session is not None and (failure := _failure(raised, self.session)) is not None:
+            self.failure = copy.copy(failure)
+            self.pause()
+
+
+def _failure(raised: BaseException, session: Session) -> HermesError | None:
+    """What has ended the engine, if anything has: not what a request raises of its own, an OSError say."""
+    if isinstance(raised, ReadError):
+        return raised
+    try:
+        session.engine.raise_if_stopped()
+    except HermesError as error:
+        return error
+    return None
