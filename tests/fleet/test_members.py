@@ -1,5 +1,6 @@
 """What of a model stays in its quota."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,6 +70,14 @@ def test_no_more_stays_than_may_and_the_window_has_the_rest(problem, window, sha
     assert held - problem.pinned_bytes - too_large <= candidate.resident_bytes
     if quota - need.least_bytes >= candidate.resident_bytes + 4096:
         assert quota - 4096 <= problem.pinned_bytes + too_large + candidate.resident_bytes + member.ring_bytes <= quota
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_wider_than_the_model_keeps_no_more_of_it_than_may_stay(window):
+    problem = problem_of([4 * MIB] * 4, [0.01] * 4, 1.0)
+    candidate = Candidate(problem=problem, activation_bytes=0, resident_bytes=0)
+    member = make_member(candidate, need_of(problem, window).most_bytes, window, 1e9, patience_seconds=1.0)
+    assert member.pass_bytes == 16 * MIB
 
 
 @given(st.lists(problems(), min_size=1, max_size=4), st.sampled_from(WINDOWS[:4]), st.floats(-0.1, 1.1))

@@ -102,7 +102,8 @@ def make_member(
     groups = [block for block in problem.groups[window[0]] if block[0] < in_pass]
     seconds = _seconds_of(problem, groups)
     allowed = candidate.resident_bytes if (candidate.resident_bytes or 0) < total else None
-    fitting = [one for one in _rings(slots, window) if one.kept_bytes + one.ring_bytes <= free]
+    rings = _rings(slots, window if allowed is None else (window[0], 1.0))  # that one is widened
+    fitting = [one for one in rings if one.kept_bytes + one.ring_bytes <= free]
     if free >= total and (allowed is None or not fitting):
         ring = _Ring(kept=frozenset(), kept_bytes=total, ring_bytes=0)  # without a window nothing can be lent
         resident = spread(slots, total)
