@@ -47,9 +47,10 @@ def test_outputs_are_those_of_each_alone_and_failures_stay_at_home(nets, tmp_pat
                 accounts = dict(shares.ledger.accounts)
                 if sum(accounts.values()) > shares.ledger.budget_bytes:
                     overdrawn.append(accounts)
-                for name, worker in fleet._workers.items():
-                    if worker.session is not None:
-                        ledger = worker.session.ledger
+                for name, member in fleet._members.items():
+                    session = member.worker.session
+                    if session is not None:
+                        ledger = session.ledger
                         if ledger.reserved_bytes > ledger.budget_bytes:
                             overdrawn.append((name, dict(ledger.accounts)))
 
@@ -183,3 +184,91 @@ def test_what_cannot_be_is_refused(nets):
         fleet.submit("small", PIXELS)
     with pytest.raises(hermes.InputError, match="round-robin"):
         hermes.Fleet(budget="1GiB", policy="fifo")
+
+
+def answers(fleet, nets, name):
+    return torch.equal(fleet.submit(name, PIXELS).result(60), expected(nets, name, PIXELS))
+
+
+def test_a_fleet_goes_on_after_its_last_model_was_removed(nets):
+    with fleet_of(nets, ["small"], spare_bytes=28 * MIB) as fleet:
+        assert answers(fleet, nets, "small")
+        fleet.remove("small")
+        with pytest.raises(hermes.InputError, match="no models"):
+            fleet.submit("small", PIXELS)
+        fleet.add("other", skeleton("other"), nets["other"][1], example_args=(PIXELS,))
+        assert answers(fleet, nets, "other")
+
+
+def test_models_that_come_and_go_leave_no_trace_in_the_floor(nets, monkeypatch):
+    def add(name):
+        fleet.add(name, skeleton(name), nets[name][1], example_args=(PIXELS,))
+
+    def refuse(*args, **kwargs):
+        raise hermes.BudgetError("not even the smallest windows fit")
+
+    with fleet_of(nets, ["small"], spare_bytes=28 * MIB) as fleet:
+        before = fleet.start()
+        for _ in range(2):
+            add("other")
+            assert fleet.plan.floor_bytes > before.floor_bytes
+            fleet.remove("other")
+            assert fleet.plan.floor_bytes == before.floor_bytes
+        with monkeypatch.context() as patch:
+            patch.setattr("hermes.fleet.fleet.plan_fleet", refuse)
+            with pytest.raises(hermes.BudgetError, match="not even"):
+                add("other")
+        assert fleet.plan.floor_bytes == before.floor_bytes
+        assert answers(fleet, nets, "small")
+
+
+def test_a_fleet_that_makes_room_in_vain_stays_as_it_was(nets, monkeypatch):
+    """The newcomer cannot be measured beside the others, and cannot be planned for after that."""
+
+    def refuse(*args, **kwargs):
+        raise hermes.BudgetError("no room")
+
+    with fleet_of(nets, ["small", "large"], spare_bytes=28 * MIB) as fleet:
+        plan = fleet.start()
+        assert answers(fleet, nets, "small")
+        monkeypatch.setattr(fleet._shares, "make_room", refuse)
+        monkeypatch.setattr("hermes.fleet.fleet.plan_fleet", refuse)
+        with pytest.raises(hermes.BudgetError, match="no room"):
+            fleet.add("other", skeleton("other"), nets["other"][1], example_args=(PIXELS,))
+        assert fleet.plan is plan
+        assert fleet.quotas == plan.quotas
+        assert answers(fleet, nets, "small")
+        assert answers(fleet, nets, "large")
+
+
+def test_requests_go_on_where_engines_cannot_start_anew(nets, monkeypatch):
+    """And what made the change fail is said, not what made going back fail."""
+
+    def fail(*args, **kwargs):
+        raise hermes.EngineError("again")
+
+    with fleet_of(nets, ["small"], spare_bytes=28 * MIB) as fleet:
+        fleet.start()
+        with monkeypatch.context() as patch:
+            patch.setattr("hermes.fleet.fleet.measure_candidate", fail)
+            patch.setattr(fleet._shares, "settle", fail)
+            with pytest.raises(hermes.EngineError, match="again"):
+                fleet.add("other", skeleton("other"), nets["other"][1], example_args=(PIXELS,))
+        assert isinstance(fleet.submit("small", PIXELS).exception(60), hermes.EngineError)
+        fleet.add("other", skeleton("other"), nets["other"][1], example_args=(PIXELS,))
+        assert answers(fleet, nets, "small")
+
+
+def test_weights_belong_to_one_model(nets):
+    with hermes.Fleet(budget="1GiB") as fleet:
+        net = skeleton("small")
+        fleet.add("one", net, nets["small"][1], example_args=(PIXELS,))
+        with pytest.raises(hermes.InputError, match=r"two: .*'one' already"):
+            fleet.add("two", net, nets["small"][1], example_args=(PIXELS,))
+        other = skeleton("small")
+        other.head = net.head
+        with pytest.raises(hermes.InputError, match=r"two: .*'one' already"):
+            fleet.add("two", other, nets["small"][1], example_args=(PIXELS,))
+        fleet.remove("one")
+        fleet.add("two", net, nets["small"][1], example_args=(PIXELS,))
+        assert torch.equal(fleet.submit("two", PIXELS).result(60), expected(nets, "small", PIXELS))

@@ -26,8 +26,8 @@ def world():
 
     made = World()
     made.turns = Turns("deadline", max_active=2, lanes=Lanes(), clock=lambda: made.now)
-    made.shares = Shares(1 << 50, 0, made.turns, elastic=False)
-    made.shares.settle(0, 0)
+    made.shares = Shares(0, made.turns, elastic=False)
+    made.shares.settle(1 << 50, 0, 0)
     for name in NAMES:
         made.turns.join(name, 1.0, lambda request: None)
         made.shares.grant(name, 100)

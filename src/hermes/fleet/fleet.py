@@ -1,8 +1,10 @@
 """Several models under one budget (SwapNet): `Fleet` prepares them, divides the bytes, and runs their requests."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,10 +12,11 @@ from torch import nn
 
 from hermes.device import find_device
 from hermes.engine import LoadingAgents
-from hermes.errors import BudgetError, InputError
+from hermes.errors import BudgetError, HermesError, InputError
 from hermes.fleet.lanes import Lanes, drop_kernel_threads
-from hermes.fleet.measuring import SCRATCH_SLOTS, SLACK_BYTES, factory_of, measure_candidate
+from hermes.fleet.measuring import SLACK_BYTES, measure_candidate, measuring_bytes
 from hermes.fleet.members import Candidate
+from hermes.fleet.newcomer import have_parts_in_common, prepare_newcomer
 from hermes.fleet.plan import FleetPlan, plan_fleet
 from hermes.fleet.report import FleetReport, ModelReport, make_report
 from hermes.fleet.schedule import POLICIES, Policy
@@ -24,16 +27,11 @@ from hermes.memory.allocator import hold_heap, keep_heap_tight
 from hermes.memory.pages import Code, code_in_use, drop_idle_pages, fetch_code
 from hermes.memory.probe import peak_resident_bytes, resident_bytes
 from hermes.model.binding import HOST
-from hermes.model.blocks import Block
-from hermes.model.inputs import example_inputs, moved
 from hermes.session import (
     MARGIN_BYTES,
-    UNTRACED_HEAP_BYTES,
     Prepared,
     Workload,
     memory_limit,
-    prepare_model,
-    prepare_module,
     shared_target,
 )
 from hermes.units import parse_bytes
@@ -43,6 +41,23 @@ __all__ = ["Fleet", "FleetReport", "ModelReport"]
 MATRIX_BYTES = 16 * 2**20
 """Larger matrices are computed by ranges of rows, or no quota below twice their size would do."""
 SKELETON_BYTES_PER_MODULE = 16 * 2**10
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """A model that has come.
+
+    Attributes:
+        candidate: as the planner sees it.
+        worker: runs it.
+        code: of libraries, what its passes use.
+        late_bytes: of its skeleton, where the floor was measured before it came.
+    """
+
+    candidate: Candidate
+    worker: Worker
+    code: Code
+    late_bytes: int
 
 
 class Fleet:
@@ -88,17 +103,13 @@ class Fleet:
         hold_heap(self.budget_bytes)  # while models are measured, as they will run
         self._policy: Policy | None = next((name for name in POLICIES if name == policy), None)
         self._max_active = max_active
-        self._elastic = elastic and self.device == HOST
-        self._candidates: dict[str, Candidate] = {}
-        self._prepared: dict[str, Prepared] = {}
-        self._workers: dict[str, Worker] = {}
-        self._plan: FleetPlan | None = None
-        self._turns: Turns | None = None
-        self._agents: LoadingAgents | None = None
-        self._shares: Shares | None = None
+        self._members: dict[str, _Member] = {}
+        self._plan: FleetPlan | None = None  # by which they run
         self._lanes = Lanes()
-        self._floor_bytes = 0
-        self._codes: dict[str, Code] = {}  # of libraries, what each model's passes use
+        self._turns = Turns(POLICIES[0], max_active=1, lanes=self._lanes)
+        self._shares = Shares(MARGIN_BYTES, self._turns, elastic=elastic and self.device == HOST)
+        self._agents: LoadingAgents | None = None
+        self._floor_bytes = 0  # when it began to run
         self._changing = threading.RLock()  # one add, remove or start at a time
         self._closed = False
 
@@ -141,74 +152,67 @@ class Fleet:
                 smallest window stays.
 
         Raises:
-            InputError: a name taken twice, an importance that is not positive, negative `resident_bytes`.
+            InputError: a name or a module taken twice, an importance that is not positive, negative `resident_bytes`.
             BudgetError: not even the smallest windows fit; the fleet stays as it was.
             CheckpointError, ModelError, ReadError: as they say; likewise.
         """
         with self._changing:
-            self._check_new(name, importance, deadline_seconds, resident_bytes)
-            if isinstance(model, nn.Module):
-                if checkpoint is None or not (example_args or example_kwargs):
-                    raise InputError(f"{name}: a module needs its checkpoint and example_args, to be measured with")
-                prepared = prepare_module(
-                    model.eval(),
-                    checkpoint,
-                    args=example_args,
-                    kwargs=example_kwargs,
-                    matrix_bytes=matrix_bytes,
-                    device=self.device,
-                )
-                kwargs = dict(example_kwargs or {})
-            else:
-                workload = Workload(
+            self._check_new(name, model, importance, deadline_seconds, resident_bytes)
+            prepared, call = prepare_newcomer(
+                name,
+                model,
+                checkpoint,
+                example_args=example_args,
+                example_kwargs=example_kwargs,
+                workload=Workload(
                     batch_size=batch_size, sequence_length=sequence_length, max_new_tokens=max_new_tokens
-                )
-                prepared = prepare_model(model, workload=workload, matrix_bytes=matrix_bytes, device=self.device)
-                kwargs = example_inputs(prepared.module, batch_size=batch_size, sequence_length=sequence_length) or {}
-            was = self._candidates
+                ),
+                matrix_bytes=matrix_bytes,
+                device=self.device,
+            )
+            was = self._plan
             try:
-                if self._shares is not None:
-                    self._make_room(prepared)
-                call = _forward(*moved((example_args, kwargs), self.device))
-                self._candidates = {
-                    **was,
-                    name: measure_candidate(
-                        prepared,
-                        call,
-                        limit_bytes=self.budget_bytes,
-                        alone=not self._workers,
-                        importance=importance,
-                        deadline_seconds=deadline_seconds,
-                        resident_bytes=resident_bytes,
-                    ),
-                }
-                self._prepared[name] = prepared
-                self._codes[name] = code_in_use() if prepared.known is None else prepared.known.code
-                if self._workers:
-                    self._floor_bytes += SKELETON_BYTES_PER_MODULE * sum(1 for _ in prepared.module.modules())
-                    self._settle()
+                if was is not None:
+                    self._make_room(prepared, was)
+                candidate = measure_candidate(
+                    prepared,
+                    call,
+                    limit_bytes=self.budget_bytes,
+                    alone=was is None,
+                    importance=importance,
+                    deadline_seconds=deadline_seconds,
+                    resident_bytes=resident_bytes,
+                )
+                member = _Member(
+                    candidate=candidate,
+                    worker=Worker(name, prepared, self._turns),
+                    code=code_in_use() if prepared.known is None else prepared.known.code,
+                    late_bytes=0 if was is None else SKELETON_BYTES_PER_MODULE * len(list(prepared.module.modules())),
+                )
+                if was is None:
+                    self._members[name] = member
+                else:
+                    self._settle({**self._members, name: member})
             except BaseException:
-                self._candidates = was
-                self._prepared.pop(name, None)
-                self._codes.pop(name, None)
-                if self._workers:
-                    self._settle()
+                if was is not None:
+                    with contextlib.suppress(HermesError):  # or it would hide what has gone wrong
+                        self._run(self._members, was)
                 raise
 
     def remove(self, name: str) -> None:
         """Let a model go once its requests are answered; its bytes go to the others. Raises InputError."""
         with self._changing:
-            if name not in self._candidates:
-                raise InputError(f"there is no model {name!r}; there are {', '.join(self._candidates) or 'none'}")
-            gone = self._workers.pop(name, None)
-            if gone is not None:
-                turns, shares = self._running()
-                turns.leave(name)
-                gone.pause()
-                shares.let_go(name)
-            del self._candidates[name], self._prepared[name], self._codes[name]
-            if self._workers:
-                self._settle()
+            gone = self._member(name)
+            rest = {other: member for other, member in self._members.items() if other != name}
+            if self._plan is not None:
+                self._turns.leave(name)
+                gone.worker.pause()
+                self._shares.let_go(name)
+            self._members = rest
+            if not rest:
+                self._plan = None
+            elif self._plan is not None:
+                self._settle(rest)
 
     def start(self) -> FleetPlan:
         """Divide the bytes and start the engines; `submit` does it where nobody has. Returns the plan.
@@ -219,10 +223,10 @@ class Fleet:
             if self._closed:
                 raise InputError("the fleet is closed; make a new one")
             if self._plan is None:
-                if not self._candidates:
+                if not self._members:
                     raise InputError("the fleet has no models; add some first")
                 self._floor_bytes = self._measure_floor()
-                self._settle()
+                self._settle(self._members)
             return self.plan
 
     # ------------------------------------------------------------------ what it does
@@ -243,15 +247,13 @@ class Fleet:
         """
         if self._plan is None or self._closed:
             self.start()
-        worker = self._workers.get(name)
-        if worker is None:
-            raise InputError(f"there is no model {name!r}; there are {', '.join(self._workers)}")
-        own = self._candidates[name].deadline_seconds
-        return worker.submit(function, own if deadline_seconds is None else deadline_seconds)
+        member = self._member(name)
+        own = member.candidate.deadline_seconds
+        return member.worker.submit(function, own if deadline_seconds is None else deadline_seconds)
 
     @property
     def plan(self) -> FleetPlan:
-        """What is settled. Raises InputError before `start`."""
+        """What is settled. Raises InputError before `start`, and where no model is left."""
         if self._plan is None:
             raise InputError("the fleet has not started; call start() first")
         return self._plan
@@ -259,27 +261,28 @@ class Fleet:
     @property
     def candidates(self) -> Mapping[str, Candidate]:
         """The models as the planner sees them: costs and activations, as measured."""
-        return dict(self._candidates)
+        return {name: member.candidate for name, member in self._members.items()}
 
     @property
     def quotas(self) -> Mapping[str, int]:
         """Bytes for weights that each model has now, what was lent included."""
-        return {} if self._shares is None else self._shares.quotas
+        return self._shares.quotas
 
     def report(self) -> FleetReport:
         """What was measured so far, beside what was predicted for as many requests of each model."""
-        return make_report(self.plan, self._workers, peak_resident_bytes())
+        plan, members = self.plan, self._members
+        workers = {name: member.worker for name, member in members.items() if name in plan.plans}
+        return make_report(plan, workers, peak_resident_bytes())
 
     def close(self) -> None:
         """End all: requests under way are answered, those that wait are cancelled. Idempotent."""
         with self._changing:
             self._closed = True
-            if self._shares is not None:
-                self._shares.close()
-            waiting = [] if self._turns is None else self._turns.close()
+            self._shares.close()
+            waiting = self._turns.close()
             self._lanes.close()
-            for worker in self._workers.values():
-                worker.pause()
+            for member in self._members.values():
+                member.worker.pause()
             if self._agents is not None:
                 self._agents.close()
             for request in waiting:
@@ -293,78 +296,89 @@ class Fleet:
 
     # ------------------------------------------------------------------ how
 
+    def _member(self, name: str) -> _Member:
+        member = self._members.get(name)
+        if member is None:
+            raise InputError(f"there is no model {name!r}; there are {', '.join(self._members) or 'none'}")
+        return member
+
     def _check_new(
-        self, name: str, importance: float, deadline_seconds: float | None, resident_bytes: int | None
+        self,
+        name: str,
+        model: object,
+        importance: float,
+        deadline_seconds: float | None,
+        resident_bytes: int | None,
     ) -> None:
         if self._closed:
             raise InputError("the fleet is closed; make a new one")
-        if name in self._candidates:
+        if name in self._members:
             raise InputError(f"there is a model {name!r} already; give the other one another name")
+        for other, member in self._members.items():
+            if isinstance(model, nn.Module) and have_parts_in_common(model, member.worker.prepared.module):
+                raise InputError(f"{name}: its weights' modules belong to {other!r} already; make it ones of its own")
         if not importance > 0 or not (deadline_seconds is None or deadline_seconds > 0):
             raise InputError(f"{name}: importance {importance} and deadline {deadline_seconds} must be above 0")
         if resident_bytes is not None and resident_bytes < 0:
             raise InputError(f"{name}: resident_bytes {resident_bytes} must be 0 or more; 0 keeps nothing")
 
-    def _running(self) -> tuple[Turns, Shares]:
-        if self._turns is None or self._shares is None:
-            raise InputError("the fleet has not started; call start() first")
-        return self._turns, self._shares
-
-    def _make_room(self, prepared: Prepared) -> None:
-        """For measuring a model beside those that run: its smallest window twice, what is pinned, and computing."""
-        slots = [sum(load.slot_bytes for load in block.loads) for block in _leaves(prepared)]
-        pinned = sum(load.slot_bytes for load in factory_of(prepared).pinned(prepared.partition.pinned).loads)
-        activations = prepared.trace.peak_bytes if prepared.trace is not None else UNTRACED_HEAP_BYTES
-        turns, shares = self._running()
+    def _make_room(self, prepared: Prepared, plan: FleetPlan) -> None:
+        """For measuring a model beside those that run by this plan."""
         try:
-            shares.make_room((4 + SCRATCH_SLOTS) * max(slots, default=0) + pinned + activations)
+            self._shares.make_room(measuring_bytes(prepared))
         except BudgetError:  # not beside the others: they wait while it is measured
-            turns.drain()
-            for worker in self._workers.values():
-                worker.pause()
-            shares.settle(self.plan.floor_bytes, self.plan.heap_bytes)
+            self._turns.drain()
+            for member in self._members.values():
+                member.worker.pause()
+            self._shares.settle(plan.limit_bytes, plan.floor_bytes, plan.heap_bytes)
 
     def _measure_floor(self) -> int:
         """Resident set before any weight: with the code that the models use, without what only measuring needed."""
         drop_idle_pages()
-        for code in self._codes.values():
-            fetch_code(code)
+        for member in self._members.values():
+            fetch_code(member.code)
         return resident_bytes()
 
-    def _settle(self) -> None:
-        """Plan for the models there are, and let each run with its part. Requests wait meanwhile."""
-        limit_bytes = memory_limit(self.budget_bytes)
+    def _settle(self, members: Mapping[str, _Member]) -> None:
+        """Let these models run, each with its part. Where not even a plan can be made, nothing has changed."""
         plan = plan_fleet(
-            self._candidates,
+            {name: member.candidate for name, member in members.items()},
             budget_bytes=self.budget_bytes,
-            limit_bytes=limit_bytes,
+            limit_bytes=memory_limit(self.budget_bytes),
             margin_bytes=MARGIN_BYTES,
-            floor_bytes=self._floor_bytes,
+            floor_bytes=self._floor_bytes + sum(member.late_bytes for member in members.values()),
             slack_bytes=SLACK_BYTES,
             policy=self._policy,
             max_active=self._max_active,
         )
-        if self._turns is None:
-            self._turns = Turns(plan.policy, max_active=plan.max_active, lanes=self._lanes)
-            self._shares = Shares(limit_bytes, MARGIN_BYTES, self._turns, elastic=self._elastic)
-        turns, shares = self._running()
-        turns.drain()
-        shares.settle(plan.floor_bytes, plan.heap_bytes)
-        for worker in self._workers.values():  # all give back before any takes: no byte is promised twice
-            worker.pause()
-        agents = self._have_agents(plan.num_agents)
-        for name in plan.plans:
-            quota = shares.grant(name, plan.quotas[name])
-            if name not in self._workers:
-                self._workers[name] = Worker(name, self._prepared[name], turns)
-                turns.join(name, plan.members[name].patience_seconds, self._workers[name].serve)
-            self._workers[name].start(plan.plans[name], quota, agents)
-        self._plan = plan
-        shares.watch(self._workers, plan.needs, plan.round_seconds[plan.policy])
-        hold_heap(plan.heap_bytes)
-        drop_kernel_threads()
-        self._lanes.open()
-        turns.resume(plan.policy, plan.max_active)
+        self._run(members, plan)
+
+    def _run(self, members: Mapping[str, _Member], plan: FleetPlan) -> None:
+        """Start all engines by this plan. Requests wait meanwhile, and go on whatever is raised."""
+        turns, shares = self._turns, self._shares
+        workers = {name: member.worker for name, member in members.items()}
+        try:
+            turns.drain()
+            for member in self._members.values():  # all give back before any takes: no byte is promised twice
+                member.worker.pause()
+            shares.settle(plan.limit_bytes, plan.floor_bytes, plan.heap_bytes)
+            agents = self._have_agents(plan.num_agents)
+            for name, worker in workers.items():
+                worker.start(plan.plans[name], shares.grant(name, plan.quotas[name]), agents)
+            for name, worker in workers.items():
+                if name not in turns.models:
+                    turns.join(name, plan.members[name].patience_seconds, worker.serve)
+            self._members, self._plan = dict(members), plan
+            shares.watch(workers, plan.needs, plan.round_seconds[plan.policy])
+            hold_heap(plan.heap_bytes)
+            drop_kernel_threads()
+            self._lanes.open()
+        except BaseException:
+            for worker in workers.values():
+                worker.pause()
+            raise
+        finally:
+            turns.resume(plan.policy, plan.max_active)
 
     def _have_agents(self, num_agents: int) -> LoadingAgents:
         """So many; while no engine runs."""
@@ -373,11 +387,3 @@ class Fleet:
             self._agents = None
         self._agents = self._agents or LoadingAgents(num_agents)
         return self._agents
-
-
-def _forward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], object]:
-    return lambda module: module(*args, **kwargs)
-
-
-def _leaves(prepared: Prepared) -> list[Block]:
-    return prepared.blocks(factory_of(prepared), "leaf")[0]

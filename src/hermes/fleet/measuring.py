@@ -12,9 +12,9 @@ from hermes.fleet.members import Candidate
 from hermes.memory.allocator import trim_heap
 from hermes.memory.probe import resident_bytes
 from hermes.model.blocks import LoadFactory
-from hermes.session import HEAP_SLACK_BYTES, Prepared, measure_calls
+from hermes.session import HEAP_SLACK_BYTES, UNTRACED_HEAP_BYTES, Prepared, measure_calls
 
-__all__ = ["PIECE_BYTES", "SCRATCH_SLOTS", "SLACK_BYTES", "factory_of", "measure_candidate"]
+__all__ = ["SLACK_BYTES", "measure_candidate", "measuring_bytes"]
 
 PIECE_BYTES = 8 * 2**20
 SLACK_BYTES = 16 * 2**20
@@ -51,7 +51,7 @@ def measure_candidate(
         with ThreadPoolExecutor(1, thread_name_prefix="hermes-fleet-measure") as pool:
             known = pool.submit(measure_calls, prepared, heap, rounds=ROUNDS, limit_bytes=limit_bytes).result()
             pool.submit(trim_heap).result()  # of the heap that measuring threads share, or the floor would count it
-    problem = prepared.problem(known, factory_of(prepared), floor_bytes=0)
+    problem = prepared.problem(known, _factory_of(prepared), floor_bytes=0)
     activation_bytes = problem.heap_bytes - HEAP_SLACK_BYTES
     if prepared.known is not None:
         scratch_bytes = HEAP_SLACK_BYTES - SLACK_BYTES
@@ -71,10 +71,13 @@ def measure_candidate(
     )
 
 
-def factory_of(prepared: Prepared) -> LoadFactory:
-    """For plans: what the loads are, whatever the pieces."""
-    with prepared.reader() as reader:
-        return prepared.factory(reader.alignment, PIECE_BYTES)
+def measuring_bytes(prepared: Prepared) -> int:
+    """What measuring takes beside others: the smallest window twice, what is pinned, and computing."""
+    factory = _factory_of(prepared)
+    slots = [sum(load.slot_bytes for load in block.loads) for block in prepared.blocks(factory, "leaf")[0]]
+    pinned = sum(load.slot_bytes for load in factory.pinned(prepared.partition.pinned).loads)
+    activations = prepared.trace.peak_bytes if prepared.trace is not None else UNTRACED_HEAP_BYTES
+    return (4 + SCRATCH_SLOTS) * max(slots, default=0) + pinned + activations
 
 
 class _Heap:
@@ -118,3 +121,9 @@ class _Peak:
     def _run(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
             self.nbytes = max(self.nbytes, resident_bytes())
+
+
+def _factory_of(prepared: Prepared) -> LoadFactory:
+    """For plans: what the loads are, whatever the pieces."""
+    with prepared.reader() as reader:
+        return prepared.factory(reader.alignment, PIECE_BYTES)

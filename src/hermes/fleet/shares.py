@@ -28,9 +28,8 @@ class Shares:
     margin never sum to more than the limit, and no model reserves more than its quota.
     """
 
-    def __init__(self, limit_bytes: int, margin_bytes: int, turns: Turns, *, elastic: bool) -> None:
-        self.ledger = Ledger(limit_bytes)
-        self._watched_bytes = limit_bytes - margin_bytes // 2
+    def __init__(self, margin_bytes: int, turns: Turns, *, elastic: bool) -> None:
+        self.ledger = Ledger(0)
         self._margin_bytes = margin_bytes
         self._turns = turns
         self._elastic = elastic
@@ -43,21 +42,21 @@ class Shares:
         self._working_set = WorkingSet()
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._daemon = threading.Thread(target=self._watch, name="hermes-fleet-daemon", daemon=True)
-        self._daemon.start()
+        self._daemon: threading.Thread | None = None
 
     @property
     def quotas(self) -> dict[str, int]:
         """Bytes for weights, by model, as they are now."""
         return {name: self.ledger.accounts.get(_account(name), 0) for name in self._base}
 
-    def settle(self, floor_bytes: int, heap_bytes: int) -> None:
-        """Forget all quotas, and begin anew beside this floor and heap. Raises BudgetError."""
+    def settle(self, limit_bytes: int, floor_bytes: int, heap_bytes: int) -> None:
+        """Forget all quotas, and begin anew under this limit, beside this floor and heap. Raises BudgetError."""
         with self._lock:
             self._workers = {}
             for account in list(self.ledger.accounts):
                 self.ledger.reserve(account, 0)
             self._base = {}
+            self.ledger.resize(limit_bytes)
             for account, nbytes in (("floor", floor_bytes), ("heap", heap_bytes), ("margin", self._margin_bytes)):
                 self.ledger.reserve(account, nbytes)
 
@@ -97,6 +96,9 @@ class Shares:
             self._workers, self._needs = dict(workers), needs
             self._looked_at = self._turns.clock()
             self._idle_seconds = dict.fromkeys(workers, 0.0)
+            if self._daemon is None:
+                self._daemon = threading.Thread(target=self._watch, name="hermes-fleet-daemon", daemon=True)
+                self._daemon.start()
 
     def let_go(self, name: str) -> None:
         """Of a model whose engine is closed: its bytes are free, and nobody watches it any more."""
@@ -109,7 +111,8 @@ class Shares:
     def close(self) -> None:
         """End the watch. Idempotent."""
         self._closed.set()
-        self._daemon.join()
+        if self._daemon is not None:
+            self._daemon.join()
 
     def _watch(self) -> None:
         thrash = ThrashWatch(self._turns.clock)
@@ -152,9 +155,10 @@ class Shares:
 
     def _relieve(self, faults_per_second: float) -> None:
         """Where the process outgrows its budget, or thrashes, the model that could spare most gives bytes back."""
-        needed = self._working_set.trimmed(self._watched_bytes)
+        limit_bytes = self.ledger.budget_bytes - self._margin_bytes // 2
+        needed = self._working_set.trimmed(limit_bytes)
         excess = bytes_to_give_back(
-            MemorySample(needed_bytes=needed, limit_bytes=self._watched_bytes, faults_per_second=faults_per_second)
+            MemorySample(needed_bytes=needed, limit_bytes=limit_bytes, faults_per_second=faults_per_second)
         )
         if not excess:
             return

@@ -3,7 +3,7 @@
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from hermes.engine import Engine
@@ -63,6 +63,11 @@ class Turns:
         self._ended = threading.Condition(self._lock)
         self._closed = False
         self._keeper: str | None = None  # whose turns all are until the next event
+
+    @property
+    def models(self) -> Collection[str]:
+        """Who has joined, and not left."""
+        return self._serve.keys()
 
     def join(self, model: str, patience_seconds: float, serve: Callable[[Any], None]) -> None:
         """A model has come; `serve` answers a request, and raises nothing. Raises InputError if its name is taken."""
