@@ -197,7 +197,7 @@ def _even(
     weights = {
         name: candidate.importance
         * (needs[name].most_bytes - needs[name].least_bytes)
-        * (needs[name].most_bytes / rate / max(candidate.compute_seconds, 1e-6)) ** tilt
+        * (max(1, needs[name].most_bytes) / rate / max(candidate.compute_seconds, 1e-6)) ** tilt
         for name, candidate in candidates.items()
     }
     try:
