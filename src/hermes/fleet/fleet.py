@@ -105,7 +105,7 @@ class Fleet:
         self._max_active = max_active
         self._members: dict[str, _Member] = {}
         self._plan: FleetPlan | None = None  # by which they run
-        self._lanes = Lanes()
+        self._lanes = Lanes(self.device.type)
         self._turns = Turns(POLICIES[0], max_active=1, lanes=self._lanes)
         self._shares = Shares(MARGIN_BYTES, self._turns, elastic=elastic and self.device == HOST)
         self._agents: LoadingAgents | None = None

@@ -20,9 +20,10 @@ _SOFT = 1
 
 
 class Lanes:
-    """`go` and `close` from any thread; `wait` and `may_wait` from within a request."""
+    """`go` and `close` from any thread; `wait` and `may_wait` from within a request, which computes on this device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str = "cpu") -> None:
+        self._autocasts = tuple({"cpu", device_type})
         self._orders: queue.SimpleQueue[tuple[str, Callable[[], None]] | None] = queue.SimpleQueue()
         self._hub: greenlet | None = None
         self._thread: threading.Thread | None = None
@@ -57,11 +58,10 @@ class Lanes:
         with torch.inference_mode(False):
             self._hub.switch()
 
-    @staticmethod
-    def may_wait() -> bool:
+    def may_wait(self) -> bool:
         """Whether others would compute as they do alone: not with autocast on, or a mode that changes functions."""
         return not (
-            torch.is_autocast_enabled("cpu")
+            any(map(torch.is_autocast_enabled, self._autocasts))
             or torch._C._len_torch_function_stack()
             or torch._C._len_torch_dispatch_stack()
         )
