@@ -272,3 +272,19 @@ def test_weights_belong_to_one_model(nets):
         fleet.remove("one")
         fleet.add("two", net, nets["small"][1], example_args=(PIXELS,))
         assert torch.equal(fleet.submit("two", PIXELS).result(60), expected(nets, "small", PIXELS))
+
+
+def test_what_stops_the_daemon_stops_the_fleet(nets, monkeypatch):
+    def fail(limit_bytes):
+        raise ZeroDivisionError("odd")
+
+    with fleet_of(nets, ["small"], spare_bytes=28 * MIB) as fleet:
+        fleet.start()
+        assert answers(fleet, nets, "small")
+        monkeypatch.setattr(fleet._shares._working_set, "trimmed", fail)
+        fleet._shares._daemon.join(20)
+        for _ in range(2):
+            assert "odd" in str(fleet.submit("small", PIXELS).exception(60))
+        assert "odd" in fleet.report().models["small"].failure
+        with pytest.raises(hermes.EngineError, match="odd"):
+            fleet.add("other", skeleton("other"), nets["other"][1], example_args=(PIXELS,))

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Mapping
 
 from hermes.engine.daemon import WATCH_SECONDS, MemorySample, ThrashWatch, WorkingSet, bytes_to_give_back
-from hermes.errors import HermesError
+from hermes.errors import EngineError, HermesError
 from hermes.fleet.quota import Need, lend
 from hermes.fleet.turns import Turns
 from hermes.fleet.worker import Worker
@@ -43,6 +43,7 @@ class Shares:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._daemon: threading.Thread | None = None
+        self._error: BaseException | None = None  # that stopped it
 
     @property
     def quotas(self) -> dict[str, int]:
@@ -50,8 +51,13 @@ class Shares:
         return {name: self.ledger.accounts.get(_account(name), 0) for name in self._base}
 
     def settle(self, limit_bytes: int, floor_bytes: int, heap_bytes: int) -> None:
-        """Forget all quotas, and begin anew under this limit, beside this floor and heap. Raises BudgetError."""
+        """Forget all quotas, and begin anew under this limit, beside this floor and heap.
+
+        Raises BudgetError, and EngineError where nobody watches real memory any more.
+        """
         with self._lock:
+            if self._error is not None:
+                raise _unwatched(self._error)
             self._workers = {}
             for account in list(self.ledger.accounts):
                 self.ledger.reserve(account, 0)
@@ -97,7 +103,7 @@ class Shares:
             self._looked_at = self._turns.clock()
             self._idle_seconds = dict.fromkeys(workers, 0.0)
             if self._daemon is None:
-                self._daemon = threading.Thread(target=self._watch, name="hermes-fleet-daemon", daemon=True)
+                self._daemon = threading.Thread(target=self._run, name="hermes-fleet-daemon", daemon=True)
                 self._daemon.start()
 
     def let_go(self, name: str) -> None:
@@ -113,6 +119,15 @@ class Shares:
         self._closed.set()
         if self._daemon is not None:
             self._daemon.join()
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except BaseException as error:  # whatever stops the watch must stop the models, and be seen
+            with self._lock:
+                self._error = error
+                for worker in self._workers.values():
+                    worker.fail(_unwatched(error))
 
     def _watch(self) -> None:
         thrash = ThrashWatch(self._turns.clock)
@@ -175,3 +190,7 @@ class Shares:
 
 def _account(name: str) -> str:
     return f"model {name}"
+
+
+def _unwatched(error: BaseException) -> EngineError:
+    return EngineError(f"nobody watches the fleet's memory any more: {error!r}; make a new fleet")

@@ -107,6 +107,13 @@ class Worker:
             self.session.close()
             self.session = None
 
+    def fail(self, error: HermesError) -> None:
+        """End the model for good, a request under way at its next block; from any thread."""
+        self.failure = self.failure or error
+        session = self.session
+        if session is not None:
+            session.engine.fail(error)
+
     def serve(self, request: Request) -> None:
         """Answer it, unless its owner has cancelled it. Raises nothing: what the request raises is its answer."""
         if not request.future.set_running_or_notify_cancel():
