@@ -288,3 +288,20 @@ def test_what_stops_the_daemon_stops_the_fleet(nets, monkeypatch):
         assert "odd" in fleet.report().models["small"].failure
         with pytest.raises(hermes.EngineError, match="odd"):
             fleet.add("other", skeleton("other"), nets["other"][1], example_args=(PIXELS,))
+
+
+def test_a_request_that_outgrows_the_budget_is_ended_and_the_model_goes_on(nets, monkeypatch):
+    def passes(module):
+        while True:
+            module(PIXELS)
+
+    with fleet_of(nets, ["small"], spare_bytes=28 * MIB) as fleet:
+        fleet.start()
+        assert answers(fleet, nets, "small")
+        with monkeypatch.context() as patch:
+            patch.setattr(fleet._shares._working_set, "trimmed", lambda limit_bytes: fleet.budget_bytes + 200 * MIB)
+            with pytest.raises(hermes.BudgetError, match=r"small: .* larger input .* try --budget") as ended:
+                fleet.call("small", passes).result(60)
+            assert ended.value.minimum_bytes > fleet.budget_bytes
+        assert answers(fleet, nets, "small")
+        assert fleet.report().models["small"].failure is None

@@ -1,12 +1,16 @@
-"""Whose bytes are lent, and when."""
+"""Whose bytes are lent, and when; who pays where memory is short."""
+
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
+from hermes.errors import BudgetError
 from hermes.fleet.lanes import Lanes
 from hermes.fleet.quota import Need
 from hermes.fleet.shares import Shares
 from hermes.fleet.turns import Turns
-from hermes.fleet.worker import Worker
+from hermes.fleet.worker import Request, Worker
 
 NAMES = ("one", "other")
 ROUND_SECONDS = 2.0
@@ -31,10 +35,10 @@ def world():
     for name in NAMES:
         made.turns.join(name, 1.0, lambda request: None)
         made.shares.grant(name, 100)
-    workers = {name: Worker(name, None, made.turns) for name in NAMES}
-    made.shares.watch(workers, dict.fromkeys(NAMES, Need(least_bytes=10, most_bytes=200)), ROUND_SECONDS)
-    yield made
-    made.shares.close()
+    made.workers = {name: Worker(name, None, made.turns) for name in NAMES}
+    made.shares.watch(made.workers, dict.fromkeys(NAMES, Need(least_bytes=10, most_bytes=200)), ROUND_SECONDS)
+    made.shares.close()  # it looks when it is told to
+    return made
 
 
 def test_a_model_lends_what_it_has_not_needed_for_two_rounds_of_the_others(world):
@@ -58,3 +62,24 @@ def test_nobody_lends_while_nobody_asks(world):
     world.turns.submit("other", None, None)
     assert world.look(61.0) == whole  # the pause counts for nothing
     assert world.look(66.0)["one"] == 10
+
+
+def test_the_request_that_computes_pays_and_only_where_nothing_else_is_left(world, monkeypatch):
+    """Of the budget 100 bytes are for each model, 90 of which it could spare."""
+
+    def look(excess_bytes):
+        request = Request(call=str, future=Future(), arrived_seconds=0.0, deadline_seconds=None)
+        world.workers["one"].under_way = request
+        needed_bytes = world.shares.ledger.budget_bytes + excess_bytes
+        monkeypatch.setattr(world.shares._working_set, "trimmed", lambda limit_bytes: needed_bytes)
+        world.shares._relieve(0.0)
+        return request.ended_by
+
+    assert look(500) is None  # nobody computes
+    world.turns.submit("one", None, None)
+    assert look(-1) is None
+    for name, worker in world.workers.items():
+        worker.session = SimpleNamespace(engine=SimpleNamespace(resize=lambda nbytes: nbytes), name=name)
+    assert look(180) is None
+    assert min(world.shares.quotas.values()) == 10  # given back instead
+    assert isinstance(look(91), BudgetError)

@@ -4,11 +4,12 @@ import threading
 from collections.abc import Mapping
 
 from hermes.engine.daemon import WATCH_SECONDS, MemorySample, ThrashWatch, WorkingSet, bytes_to_give_back
-from hermes.errors import EngineError, HermesError
+from hermes.errors import BudgetError, EngineError, HermesError
 from hermes.fleet.quota import Need, lend
 from hermes.fleet.turns import Turns
 from hermes.fleet.worker import Worker
 from hermes.memory.ledger import Ledger
+from hermes.units import format_budget, format_bytes
 
 __all__ = ["Shares"]
 
@@ -169,7 +170,13 @@ class Shares:
             self.ledger.reserve(account, granted)
 
     def _relieve(self, faults_per_second: float) -> None:
-        """Where the process outgrows its budget, or thrashes, the model that could spare most gives bytes back."""
+        """Where the process outgrows its budget, or thrashes, the model that could spare most gives bytes back.
+
+        Where all that could be spared is not enough, the request that computes is ended, as a single model's is.
+        """
+        # Before memory is looked at, or the next request might pay for this one.
+        running = self._workers.get(self._turns.running or "")
+        request = None if running is None else running.under_way
         limit_bytes = self.ledger.budget_bytes - self._margin_bytes // 2
         needed = self._working_set.trimmed(limit_bytes)
         excess = bytes_to_give_back(
@@ -182,6 +189,9 @@ class Shares:
             for name, worker in self._workers.items()
             if worker.session is not None
         }
+        missing = needed - sum(nbytes for nbytes in spare.values() if nbytes > 0) - self.ledger.budget_bytes
+        if missing > 0 and running is not None and request is not None:
+            request.ended_by = _outgrown(running.name, needed, self.ledger.budget_bytes, missing + self._margin_bytes)
         name = max(spare, key=lambda name: spare[name], default=None)
         if name is not None and spare[name] > 0:
             self._base[name] = max(self._needs[name].least_bytes, self._base[name] - excess)
@@ -190,6 +200,15 @@ class Shares:
 
 def _account(name: str) -> str:
     return f"model {name}"
+
+
+def _outgrown(name: str, needed_bytes: int, budget_bytes: int, missing_bytes: int) -> BudgetError:
+    return BudgetError(
+        f"{name}: the process needs {format_bytes(needed_bytes)} and no model has weights left to give back; the "
+        f"fleet's budget is {format_bytes(budget_bytes)} (a larger input than the example?); "
+        f"try --budget {format_budget(budget_bytes + missing_bytes)}",
+        minimum_bytes=budget_bytes + missing_bytes,
+    )
 
 
 def _unwatched(error: BaseException) -> EngineError:

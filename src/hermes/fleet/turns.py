@@ -129,8 +129,13 @@ class Turns:
         """Let others compute until the turn, which was given up, comes back."""
         self._lanes.wait()
 
+    @property
+    def running(self) -> str | None:
+        """The model whose turn it is; without the lock, likewise below."""
+        return self._schedule.running
+
     def urgency(self, model: str) -> float:
-        """As in `Schedule`; without the lock, for whoever may be a moment late."""
+        """As in `Schedule`; for whoever may be a moment late."""
         return self._schedule.urgency(model)
 
     def backlog(self, model: str) -> int:
@@ -181,11 +186,12 @@ class TurnSource(SourceAround):
     """An engine as its model sees it in a fleet: at each block boundary others may come first.
 
     The turn is given up while a block is on its way, so that one model's disk hides behind another's computation.
+    `check` is called at each boundary, and raises what shall end the request.
     """
 
-    def __init__(self, engine: Engine, turns: Turns, model: str) -> None:
+    def __init__(self, engine: Engine, turns: Turns, model: str, check: Callable[[], None]) -> None:
         super().__init__(engine)
-        self._engine, self._turns, self._model = engine, turns, model
+        self._engine, self._turns, self._model, self._check = engine, turns, model, check
 
     @property
     def is_settled(self) -> bool:
@@ -194,6 +200,7 @@ class TurnSource(SourceAround):
 
     def hold(self, block: int) -> bool:
         """As the engine's; returns when it is this model's turn."""
+        self._check()
         engine, turns = self._engine, self._turns
         if engine.stays(block) and not turns.keeps(self._model) and turns.may_give_up():
             engine.release()
@@ -213,3 +220,8 @@ class TurnSource(SourceAround):
                 engine.ask(block, lambda: turns.ready(self._model))
             turns.stand_by()
         return engine.want(block)
+
+    def end_pass(self) -> None:
+        """As the engine's; the last boundary of a pass."""
+        super().end_pass()
+        self._check()

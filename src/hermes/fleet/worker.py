@@ -31,14 +31,15 @@ class Answered:
     late: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(eq=False, kw_only=True, slots=True)
 class Request:
-    """A use of a model, and the future of who asked for it."""
+    """A use of a model, and the future of who asked for it. `ended_by` stops it at its next block boundary."""
 
     call: Callable[[Any], Any]
     future: "Future[Any]"
     arrived_seconds: float
     deadline_seconds: float | None
+    ended_by: HermesError | None = None
 
     def settle(self, result: Any, error: BaseException | None) -> None:
         """It is answered."""
@@ -71,6 +72,7 @@ class Worker:
         self.answered: list[Answered] = []
         self.failure: HermesError | None = None
         self.session: Session | None = None
+        self.under_way: Request | None = None
         self._turns = turns
 
     def start(self, plan: Plan, quota: Ledger, agents: LoadingAgents) -> None:
@@ -88,7 +90,7 @@ class Worker:
             plan,
             self.prepared.reader(),
             quota=quota,
-            source=lambda engine: TurnSource(engine, self._turns, self.name),
+            source=lambda engine: TurnSource(engine, self._turns, self.name, self._check),
             agents=agents,
             urgency=lambda: self._turns.urgency(self.name),
         )
@@ -122,11 +124,13 @@ class Worker:
         result: Any = None
         error: BaseException | None = None
         began = self._turns.clock()
+        self.under_way = request
         try:
             result = self._compute(request.call)
         except BaseException as raised:
             error = raised
             self._learn_from(raised)
+        self.under_way = None
         now = self._turns.clock()
         due = None if request.deadline_seconds is None else request.arrived_seconds + request.deadline_seconds
         self.answered.append(
@@ -148,6 +152,11 @@ class Worker:
             raise EngineError(f"{self.name} is not running; start the fleet")
         with torch.no_grad():
             return call(self.prepared.module)
+
+    def _check(self) -> None:
+        request = self.under_way
+        if request is not None and request.ended_by is not None:
+            raise copy.copy(request.ended_by)
 
     def _learn_from(self, raised: BaseException) -> None:
         """Whether the model can go on after what a request has raised."""
