@@ -106,7 +106,7 @@ def fleet_run(weights: Path, *, kinds: list[str], policy: str, rounds: int, budg
             turns.append(watch)
             report = fleet.report()
             for name in names:
-                done = fleet._members[name].worker.answered[-count:]
+                done = list(fleet._members[name].worker.answered)[-count:]
                 served[name] += [one.ended_seconds - one.began_seconds for one in done]
                 bytes_read[name] += report.models[name].bytes_read - before[name]
     cold, warm = (plan.predict(dict.fromkeys(names, n)) for n in (WARM_ROUNDS, WARM_ROUNDS + rounds))

@@ -10,7 +10,7 @@ import pytest
 from hermes.errors import EngineError, HermesError, InputError, ReadError
 from hermes.fleet.lanes import Lanes
 from hermes.fleet.turns import Turns
-from hermes.fleet.worker import Worker
+from hermes.fleet.worker import KEPT_ANSWERS, Worker
 
 SECONDS = 20
 
@@ -23,7 +23,9 @@ class Running:
         self.turns = Turns("deadline", max_active=1, lanes=self.lanes)
         self.worker = Worker("net", SimpleNamespace(module="module"), self.turns)
         self.worker.session = SimpleNamespace(
-            engine=SimpleNamespace(raise_if_stopped=self.raise_if_stopped), close=lambda: None
+            engine=SimpleNamespace(raise_if_stopped=self.raise_if_stopped),
+            stats=SimpleNamespace(bytes_read=0),
+            close=lambda: None,
         )
         self.stopped_by = None
         self.turns.join("net", 1.0, self.worker.serve)
@@ -176,3 +178,24 @@ def test_every_request_is_answered_or_refused_while_others_close(running):
     finally:
         sys.setswitchinterval(interval)
     assert wait(futures, SECONDS).not_done == set()
+
+
+def test_a_thousand_answers_are_kept_and_all_are_counted(running):
+    for _ in range(2 * KEPT_ANSWERS):
+        running.ask(lambda module: None)
+    failed = running.ask(lambda module: 1 // 0)
+    assert failed.exception(SECONDS) is not None
+    totals = running.worker.totals
+    assert len(running.worker.answered) == KEPT_ANSWERS
+    assert (totals.requests, totals.failed, totals.late) == (2 * KEPT_ANSWERS + 1, 1, 0)
+    latest = running.worker.answered[-1]
+    assert latest.failed
+    assert totals.last_ended_seconds == latest.ended_seconds
+    assert 0 < totals.latency_seconds / totals.requests <= totals.worst_latency_seconds
+
+
+def test_bytes_that_closed_engines_have_read_are_counted(running):
+    running.worker.session.stats = SimpleNamespace(bytes_read=100)
+    running.worker.pause()
+    running.worker.session = SimpleNamespace(stats=SimpleNamespace(bytes_read=20))
+    assert running.worker.bytes_read == 120

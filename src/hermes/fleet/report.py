@@ -1,6 +1,6 @@
 """What a fleet has done, beside what was predicted: frozen records. How they look is `hermes.report.fleet`."""
 
-import statistics
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,6 +8,9 @@ from hermes.fleet.plan import FleetPlan
 from hermes.fleet.worker import Worker
 
 __all__ = ["FleetReport", "ModelReport", "make_report"]
+
+PREDICTED_REQUESTS = 500
+"""Of a model; more are taken to go on like these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,27 +66,30 @@ class FleetReport:
 
 
 def make_report(plan: FleetPlan, workers: Mapping[str, Worker], peak_bytes: int) -> FleetReport:
-    """Blocking, for the second or so that predicting takes."""
-    answered = {name: list(worker.answered) for name, worker in workers.items()}
-    requests = {name: len(done) for name, done in answered.items()}
-    predictions = {policy: plan.predict(requests, policy=policy) for policy in plan.round_seconds}
+    """Blocking, for the second or so that predicting takes, however many requests there were."""
+    totals = {name: worker.totals for name, worker in workers.items()}
+    requests = {name: one.requests for name, one in totals.items()}
+    scale = max(1.0, max(requests.values(), default=0) / PREDICTED_REQUESTS)
+    some = {name: math.ceil(count / scale) for name, count in requests.items()}
+    predictions = {policy: plan.predict(some, policy=policy) for policy in plan.round_seconds}
     own = predictions[plan.policy]
-    everything = [one for done in answered.values() for one in done]
     models = {}
     for name, worker in workers.items():
-        latencies = [one.ended_seconds - one.arrived_seconds for one in answered[name]]
+        done = totals[name]
         models[name] = ModelReport(
-            requests=requests[name],
-            failed=sum(one.failed for one in answered[name]),
-            late=sum(one.late for one in answered[name]),
-            latency_seconds=statistics.fmean(latencies) if latencies else 0.0,
-            worst_latency_seconds=max(latencies, default=0.0),
+            requests=done.requests,
+            failed=done.failed,
+            late=done.late,
+            latency_seconds=done.latency_seconds / max(1, done.requests),
+            worst_latency_seconds=done.worst_latency_seconds,
             predicted_latency_seconds=own.latency_seconds[name],
             weight_bytes=worker.prepared.weight_bytes,
             quota_bytes=plan.quotas[name],
-            bytes_read=worker.session.stats.bytes_read if worker.session is not None else 0,
+            bytes_read=worker.bytes_read,
             failure=None if worker.failure is None else str(worker.failure),
         )
+    began = min((done.first_arrived_seconds for done in totals.values()), default=0.0)
+    ended = max((done.last_ended_seconds for done in totals.values()), default=0.0)
     compute = sum(sum(plan.members[name].block_seconds) * count for name, count in requests.items())
     reading = sum(plan.members[name].pass_bytes * count for name, count in requests.items()) / plan.bytes_per_second
     return FleetReport(
@@ -92,12 +98,8 @@ def make_report(plan: FleetPlan, workers: Mapping[str, Worker], peak_bytes: int)
         peak_bytes=peak_bytes,
         policy=plan.policy,
         max_active=plan.max_active,
-        makespan_seconds=(
-            max(one.ended_seconds for one in everything) - min(one.arrived_seconds for one in everything)
-            if everything
-            else 0.0
-        ),
-        predicted_seconds={policy: prediction.makespan_seconds for policy, prediction in predictions.items()},
+        makespan_seconds=max(0.0, ended - began),
+        predicted_seconds={policy: scale * prediction.makespan_seconds for policy, prediction in predictions.items()},
         bound_seconds=max(compute, reading),
         models=models,
     )

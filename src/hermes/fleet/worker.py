@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import traceback
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -12,23 +13,16 @@ import torch
 
 from hermes.engine import LoadingAgents
 from hermes.errors import EngineError, HermesError, ReadError
+from hermes.fleet.answers import Answered, Totals
 from hermes.fleet.turns import Turns, TurnSource
 from hermes.memory.ledger import Ledger
 from hermes.plan import Plan
 from hermes.session import Prepared, Session, start_session
 
-__all__ = ["Answered", "Request", "Worker"]
+__all__ = ["KEPT_ANSWERS", "Request", "Worker"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answered:
-    """One request: when it came, began and ended, on the fleet's clock, and whether it failed or came too late."""
-
-    arrived_seconds: float
-    began_seconds: float
-    ended_seconds: float
-    failed: bool = False
-    late: bool = False
+KEPT_ANSWERS = 1024
+"""Each on its own; older ones are in the totals alone."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -69,11 +63,13 @@ class Worker:
     def __init__(self, name: str, prepared: Prepared, turns: Turns) -> None:
         self.name = name
         self.prepared = prepared
-        self.answered: list[Answered] = []
+        self.answered: deque[Answered] = deque(maxlen=KEPT_ANSWERS)  # the latest
+        self.totals = Totals()
         self.failure: HermesError | None = None
         self.session: Session | None = None
         self.under_way: Request | None = None
         self._turns = turns
+        self._read_before = 0  # by engines that are closed
 
     def start(self, plan: Plan, quota: Ledger, agents: LoadingAgents) -> None:
         """Begin to run with this plan; blocking until small weights are read. Where they cannot be, it has failed."""
@@ -107,7 +103,14 @@ class Worker:
         """Give all memory for weights back; `start` goes on."""
         if self.session is not None:
             self.session.close()
+            self._read_before += self.session.stats.bytes_read
             self.session = None
+
+    @property
+    def bytes_read(self) -> int:
+        """From disk, since the model has come."""
+        session = self.session
+        return self._read_before + (0 if session is None else session.stats.bytes_read)
 
     def fail(self, error: HermesError) -> None:
         """End the model for good, a request under way at its next block; from any thread."""
@@ -133,15 +136,15 @@ class Worker:
         self.under_way = None
         now = self._turns.clock()
         due = None if request.deadline_seconds is None else request.arrived_seconds + request.deadline_seconds
-        self.answered.append(
-            Answered(
-                arrived_seconds=request.arrived_seconds,
-                began_seconds=began,
-                ended_seconds=now,
-                failed=error is not None,
-                late=due is not None and now > due,
-            )
+        answered = Answered(
+            arrived_seconds=request.arrived_seconds,
+            began_seconds=began,
+            ended_seconds=now,
+            failed=error is not None,
+            late=due is not None and now > due,
         )
+        self.answered.append(answered)
+        self.totals = self.totals.plus(answered)
         self._turns.finished(self.name)
         request.settle(result, error)
 
