@@ -76,6 +76,24 @@ def test_without_a_budget_or_with_too_little(directory):
     assert "try --budget" in done.stderr
 
 
+def test_what_it_does_is_said_beside_the_report(directory):
+    done = invoke(directory / "fleet.toml", "--budget", f"{(resident_bytes() >> 20) + 200}MiB", "--json")
+    assert done.stderr.splitlines() == [
+        "measuring one (1 of 2) ...", "measuring two (2 of 2) ...", "2 models start ...", "7 requests ..."
+    ]  # fmt: skip
+    json.loads(done.stdout)
+
+
+def test_an_input_that_the_module_cannot_take(directory):
+    file = directory / "fleet.toml"
+    file.write_text(file.read_text().replace("[1, 256]", "[1, 5]"))
+    done = invoke(file, "--budget", f"{(resident_bytes() >> 20) + 200}MiB")
+    assert done.exit_code == 2
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: {file}: one: ")
+    assert "cannot take an input of shape [1, 5]: RuntimeError: " in error
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,6 +1,7 @@
 """`hermes fleet run FLEET.toml`: several models under one budget, and a table of what each did."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hermes.cli.fleet_file import ModelEntry, read_fleet_file
-from hermes.errors import BudgetError, InputError
+from hermes.errors import BudgetError, HermesError, InputError
 from hermes.memory.allocator import keep_heap_tight
 
 if TYPE_CHECKING:
@@ -45,8 +46,13 @@ def run(
     from hermes.fleet import Fleet
 
     with Fleet(budget=settled, policy=policy or asked.policy, device=asked.device) as running:
-        calls = {name: _add(running, name, entry) for name, entry in asked.models.items()}
+        calls: dict[str, list[Callable[[Any], Any]]] = {}
+        for name, entry in asked.models.items():
+            _say(f"measuring {name} ({len(calls) + 1} of {len(asked.models)}) ...")
+            calls[name] = _add(running, file, name, entry)
+        _say(f"{len(calls)} models start ...")
         running.start()
+        _say(f"{sum(entry.requests for entry in asked.models.values())} requests ...")
         clients = [
             threading.Thread(target=_ask, args=(running, name, entry, calls[name]), daemon=True)
             for name, entry in asked.models.items()
@@ -72,7 +78,12 @@ def run(
         raise InputError("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
 
 
-def _add(running: "Fleet", name: str, entry: ModelEntry) -> list[Callable[[Any], Any]]:
+def _say(phase: str) -> None:
+    """To whoever waits, at a terminal or reading a log."""
+    print(phase, file=sys.stderr, flush=True)
+
+
+def _add(running: "Fleet", file: Path, name: str, entry: ModelEntry) -> list[Callable[[Any], Any]]:
     """Bring a model in; its requests, which are taken in turn."""
     options: dict[str, Any] = {"importance": entry.importance, "deadline_seconds": entry.deadline}
     if entry.model is not None:
@@ -85,8 +96,16 @@ def _add(running: "Fleet", name: str, entry: ModelEntry) -> list[Callable[[Any],
             return model(**moved(inputs, running.device))
 
         return [call]
-    inputs = _inputs(entry)
-    running.add(name, _module(entry.module or ""), entry.weights, example_args=(inputs[0],), **options)
+    inputs, module = _inputs(entry), _module(entry.module or "")
+    try:
+        running.add(name, module, entry.weights, example_args=(inputs[0],), **options)
+    except (HermesError, OSError):
+        raise
+    except Exception as error:  # of the module's own code
+        raise InputError(
+            f"{file}: {name}: {entry.module} cannot take an input of shape {list(inputs[0].shape)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return [_call(one.to(running.device)) for one in inputs]
 
 
@@ -128,7 +147,6 @@ def _inputs(entry: ModelEntry) -> list[Any]:
 def _module(reference: str) -> Any:
     """What FILE.py:NAME makes, on the meta device. The file is run as a program would import it."""
     import importlib.util
-    import sys
 
     import torch
 
