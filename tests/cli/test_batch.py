@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hermes.checkpoint.synth import synth
 from hermes.errors import InputError
-from hermes.tasks.records import Journal, make_batches, read_records
+from hermes.tasks.records import Journal, Record, make_batches, read_records
 
 WORDS = "the memory of a machine is a river that runs through many small rooms and keeps nothing".split()
 
@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_without_redoing_or_losing_a_record(gpt2, texts, tm
     assert not output.exists()
     finished = partial.read_bytes().count(b"\n") - 1
     with partial.open("ab") as file:
-        file.write(b'{"index": 5, "gener')  # as a kill in the middle of a write leaves it
+        file.write(b'[5, {"gener')  # as a kill in the middle of a write leaves it
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -125,9 +125,21 @@ def test_a_journal_of_another_job_is_refused(tmp_path):
     with Journal(output, {"pool": "mean"}) as journal:
         assert journal.done == {3}
         journal.add([(0, {"x": "ä"})])
-        journal.finish()
+        journal.finish([Record(index=0, text="a", fields={}), Record(index=3, text="d", fields={})])
     assert lines(output) == [{"index": 0, "x": "ä"}, {"index": 3, "x": 1}]
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_field_called_index_is_handed_through(tmp_path):
+    records = [Record(index=n, text="x", fields={"index": n + 1, "text": "x"}) for n in range(4)]
+    output = tmp_path / "out.jsonl"
+    with Journal(output, {}) as journal:
+        journal.add((record.index, {"generated": f"g{record.index}"}) for record in records[:2])
+    with Journal(output, {}) as journal:
+        assert journal.done == {0, 1}
+        journal.add((record.index, {"generated": f"g{record.index}"}) for record in records[2:])
+        journal.finish(records)
+    assert lines(output) == [{"index": n + 1, "text": "x", "generated": f"g{n}"} for n in range(4)]
 
 
 def test_records_keep_their_fields(tmp_path):

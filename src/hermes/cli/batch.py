@@ -112,7 +112,7 @@ def run_file(
         resumed = journal.done
         left = [record for record in records if record.index not in resumed]
         if not left:
-            journal.finish()
+            journal.finish(records)
             return _outcome(name, work, output, records, len(resumed), 0, 0, 0.0, budget_bytes, None)
         lengths = [work.lengths[record.index] for record in left]
         module, session, batches = _open(
@@ -124,13 +124,10 @@ def run_file(
                 for batch in batches:
                     chosen = [left[index] for index in batch]
                     results = work.perform(module, [record.text for record in chosen])
-                    journal.add(
-                        (record.index, _labelled(record, result))
-                        for record, result in zip(chosen, results, strict=True)
-                    )
+                    journal.add((record.index, result) for record, result in zip(chosen, results, strict=True))
                     advance(len(chosen))
             seconds = time.perf_counter() - start
-            journal.finish()
+            journal.finish(records)
         finally:
             if session is not None:
                 session.close()
@@ -262,11 +259,6 @@ def _generation(
 
 def _lengths(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]]
-
-
-def _labelled(record: Record, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The record's own fields, its text among them, and what the model made of it."""
-    return {**(record.fields or {"text": record.text}), **result}
 
 
 @contextmanager

@@ -21,7 +21,7 @@ TEXT_FIELDS = ("text", "prompt")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One line: its text, and what else it has, which is handed through."""
+    """One line: its text, and all that it has, which is handed through; of a bare string, its "text"."""
 
     index: int
     text: str
@@ -51,8 +51,8 @@ def _record(line: str, index: int, place: str) -> Record:
         value = json.loads(line)
     except ValueError as error:
         raise InputError(f"{place}: not JSON ({error})") from error
-    fields = value if isinstance(value, dict) else {}
-    text = value if isinstance(value, str) else next((fields[name] for name in TEXT_FIELDS if name in fields), None)
+    fields = value if isinstance(value, dict) else {"text": value}
+    text = next((fields[name] for name in TEXT_FIELDS if name in fields), None)
     if not isinstance(text, str) or not text:
         raise InputError(f'{place}: needs a string, or an object with "text" or "prompt" that is not empty')
     return Record(index=index, text=text, fields=fields)
@@ -86,7 +86,7 @@ def make_batches(
 
 
 class Journal:
-    """Results as they come, in a file beside the output that a later run goes on from.
+    """Results as they come, in a file beside the output that a later run goes on from: a line is [index, result].
 
     Args:
         output: appears when everything is done, whole; until then there is `output`.partial.
@@ -120,17 +120,22 @@ class Journal:
         """Keep results by index. Blocking, until they are on disk."""
         for index, result in results:
             self._places[index] = self._file.tell()
-            self._file.write(json.dumps({"index": index, **result}, ensure_ascii=False).encode() + b"\n")
+            self._file.write(json.dumps([index, result], ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def finish(self) -> None:
-        """Write the output in the order of the input, let it appear at once, and remove the journal."""
+    def finish(self, records: Iterable[Record]) -> None:
+        """Write the output, each record with its result, let it appear at once, and remove the journal.
+
+        A line has the record's index, its own fields, which may name an index of their own, and the result.
+        """
         whole = self._output.with_name(self._output.name + ".whole")
         with whole.open("wb") as file:
-            for _, place in sorted(self._places.items()):
-                self._file.seek(place)
-                file.write(self._file.readline())
+            for record in records:
+                self._file.seek(self._places[record.index])
+                _, result = json.loads(self._file.readline())
+                line = {"index": record.index, **record.fields, **result}
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         whole.replace(self._output)
@@ -149,7 +154,8 @@ class Journal:
         for line in self._file:
             if not line.endswith(b"\n"):  # cut off by a kill
                 break
-            self._places[json.loads(line)["index"]] = place
+            index, _ = json.loads(line)
+            self._places[index] = place
             place += len(line)
         self._file.truncate(place if first == header else 0)
         self._file.seek(0, os.SEEK_END)
