@@ -130,6 +130,17 @@ def test_a_journal_of_another_job_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_one_run_at_a_time_is_at_an_output(tmp_path):
+    output = tmp_path / "out.jsonl"
+    records = [Record(index=0, text="a", fields={})]
+    with Journal(output, {}) as journal:
+        with pytest.raises(InputError, match=r"out\.jsonl\.partial is being written by another process"):
+            Journal(output, {})
+        journal.add([(0, {"x": 1})])
+        journal.finish(records)
+    assert lines(output) == [{"index": 0, "x": 1}]
+
+
 def test_a_field_called_index_is_handed_through(tmp_path):
     records = [Record(index=n, text="x", fields={"index": n + 1, "text": "x"}) for n in range(4)]
     output = tmp_path / "out.jsonl"

@@ -10,7 +10,7 @@ from typing import Any
 
 from hermes.errors import InputError
 
-__all__ = ["Progress", "add_up", "copy_beside", "partial_directory", "sync"]
+__all__ = ["Progress", "add_up", "copy_beside", "lock", "partial_directory", "sync"]
 
 Progress = Callable[[int, int], None]
 """Told how many bytes are done, of how many."""
@@ -77,18 +77,25 @@ def _read_stamp(path: Path) -> object:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Held by one process, and let go of when it ends, however it does."""
-    import fcntl
-
     fd = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{directory} is being written by another process; wait for it to end") from error
+        lock(fd, directory)
         yield
     finally:
         os.close(fd)
+
+
+def lock(fd: int, path: Path) -> None:
+    """Hold an open file or directory until it is closed or this process ends, however it does.
+
+    Raises InputError where another process holds it.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{path} is being written by another process; wait for it to end") from error
 
 
 def add_up(progress: Progress | None, total_bytes: int) -> Callable[[int], None]:

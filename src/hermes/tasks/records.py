@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from hermes.checkpoint.partial import lock
 from hermes.errors import InputError
 
 __all__ = ["Journal", "Record", "make_batches", "read_records"]
@@ -93,21 +94,26 @@ class Journal:
         job: whatever the results depend on; a journal of another job is refused.
 
     **Guarantees.** A batch of results is on disk before `add` returns. A run that is killed at any moment loses the
-    batch under way and nothing else.
+    batch under way and nothing else. One process at a time is at an output.
 
-    Raises InputError if the output exists, cannot be written, or its journal belongs to another job.
+    Raises InputError if the output exists, cannot be written, or its journal belongs to another job or process.
     """
 
     def __init__(self, output: Path, job: Mapping[str, Any]) -> None:
         self._output = output
         self._path = output.with_name(output.name + ".partial")
         self._places: dict[int, int] = {}  # index -> where its line begins
-        if output.exists():
-            raise InputError(f"{output} exists; remove it, or name another output")
+        self._check_output()
         header = json.dumps({"job": hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()}) + "\n"
         try:
             self._file = self._path.open("a+b")
-            self._resume(header.encode())
+            try:
+                lock(self._file.fileno(), self._path)
+                self._check_output()  # another process may have finished between
+                self._resume(header.encode())
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
             raise InputError(f"cannot write {self._path}: {error.strerror or error}") from error
 
@@ -142,11 +148,14 @@ class Journal:
         self._file.close()
         self._path.unlink()
 
+    def _check_output(self) -> None:
+        if self._output.exists():
+            raise InputError(f"{self._output} exists; remove it, or name another output")
+
     def _resume(self, header: bytes) -> None:
         self._file.seek(0)
         first = self._file.readline()
         if first and first.endswith(b"\n") and first != header:
-            self._file.close()
             raise InputError(
                 f"{self._path} is from a run with other inputs, model or options; repeat those, or remove it"
             )
