@@ -1,15 +1,19 @@
 """`hermes run --input --output`: every record once, in order, whatever kills it on the way."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from hermes.checkpoint.synth import synth
 from hermes.errors import InputError
@@ -95,13 +99,14 @@ def test_a_killed_run_goes_on_without_redoing_or_losing_a_record(gpt2, texts, tm
     [
         ("", "no records"),
         ('"one"\nnot json\n', "line 2: not JSON"),
+        ('"one"\n"\udcff"\n', "line 2: not UTF-8"),
         ('{"title": "x"}\n', "line 1: needs a string"),
         ('""\n', "line 1: needs a string"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_line(gpt2, tmp_path, content, message):
     path = tmp_path / "in.jsonl"
-    path.write_text(content)
+    path.write_text(content, errors="surrogateescape")
     refused = hermes(gpt2, "--budget", "400MiB", "--input", path, "--output", tmp_path / "out.jsonl")
     assert refused.returncode == 2
     assert message in refused.stderr
@@ -130,6 +135,55 @@ def test_a_journal_of_another_job_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_other_weights_at_the_same_path_are_another_job(gpt2, texts, tmp_path, monkeypatch, invoke):
+    model = shutil.copytree(gpt2, tmp_path / "model")
+    command = (model, "--resident", "--input", texts, "--output", tmp_path / "out.jsonl", "--max-new-tokens", "1")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", stop)
+        assert invoke(*command).returncode == 130
+    weights = load_file(model / "model.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    refused = invoke(*command)
+    assert refused.returncode == 2
+    assert "from a run with other inputs, model or options" in refused.stderr
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(pipe.write_bytes, b'"one"\n"two"\n')
+        records, digest = read_records(pipe)
+        writing.result()
+    assert [record.text for record in records] == ["one", "two"]
+    assert digest == hashlib.sha256(b'"one"\n"two"\n').hexdigest()
+
+
+@pytest.mark.parametrize("content", [b"notes without an end", b"notes\n", b'{"job": "0'])
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_bytes(content)
+    with pytest.raises(InputError, match=r"out\.jsonl\.partial is from a run with other inputs"):
+        Journal(tmp_path / "out.jsonl", {})
+    assert partial.read_bytes() == content
+
+
+def test_a_header_cut_off_by_a_kill_is_written_again(tmp_path):
+    output = tmp_path / "out.jsonl"
+    with Journal(output, {}):
+        pass
+    partial = tmp_path / "out.jsonl.partial"
+    header = partial.read_bytes()
+    partial.write_bytes(header[:20])
+    with Journal(output, {}) as journal:
+        assert not journal.done
+    assert partial.read_bytes() == header
+
+
 def test_one_run_at_a_time_is_at_an_output(tmp_path):
     output = tmp_path / "out.jsonl"
     records = [Record(index=0, text="a", fields={})]
@@ -156,7 +210,7 @@ def test_a_field_called_index_is_handed_through(tmp_path):
 def test_records_keep_their_fields(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text('"plain"\n\n{"prompt": "go on", "id": 7}\n')
-    plain, rich = read_records(path)
+    (plain, rich), _ = read_records(path)
     assert (plain.index, plain.text, rich.index, rich.text, rich.fields["id"]) == (0, "plain", 1, "go on", 7)
 
 

@@ -1,7 +1,6 @@
 """`hermes run` as a user types it, in a process of its own; where many bad inputs are tried, in this one."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from hermes import __version__
 from hermes.checkpoint.synth import synth
@@ -34,26 +32,6 @@ def gpt2(tmp_path_factory) -> Path:
 def copy(gpt2, tmp_path) -> Path:
     """A checkpoint to spoil."""
     return Path(shutil.copytree(gpt2, tmp_path / "copy"))
-
-
-@pytest.fixture
-def invoke(monkeypatch):
-    """Run in this process. Its settings of logging end with the test."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    log, loud = logging.getLogger("hermes"), logging.getLogger("transformers.modeling_utils")
-    chatter = logging.getLogger("transformers")  # an earlier test may have imported it with its voice
-    before = log.handlers, log.level, log.propagate, loud.level, chatter.level
-    chatter.setLevel(logging.ERROR)
-
-    def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        from hermes.cli.app import app
-
-        result = CliRunner().invoke(app, ["run", *map(str, arguments)], input=stdin)
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
-
-    yield run
-    log.handlers, log.level, log.propagate, loud.level, chatter.level = before
 
 
 def hermes(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:

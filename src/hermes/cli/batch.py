@@ -4,7 +4,6 @@ Records of like length go together, as many as the budget has room for; what is 
 run that was killed goes on where it stopped.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hermes.checkpoint import open_checkpoint
 from hermes.errors import BudgetError, InputError
 from hermes.memory.probe import peak_resident_bytes
 from hermes.tasks.detect import context_tokens, read_config, task_of
@@ -90,7 +90,7 @@ def run_file(
 
     Raises InputError, BudgetError and what a run raises; results so far stay in the journal.
     """
-    records = read_records(source)
+    records, input_digest = read_records(source)
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: no such directory; make it first")
     settled = task or task_of(directory)
@@ -103,7 +103,8 @@ def run_file(
         raise InputError(f"--input is for texts and prompts; {directory} is a model for {settled}")
     job = {
         "model": str(directory.resolve()),
-        "input": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "weights": open_checkpoint(directory).fingerprint(),
+        "input": input_digest,
         "task": work.task,
         "dtype": dtype,
         **work.settings,

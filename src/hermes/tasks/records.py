@@ -29,27 +29,32 @@ class Record:
     fields: Mapping[str, Any]
 
 
-def read_records(path: Path) -> list[Record]:
-    """Records of a JSONL file: strings, or objects with "text" or "prompt"; empty lines are passed over.
+def read_records(path: Path) -> tuple[list[Record], str]:
+    """Records of a JSONL file, and the SHA-256 of its bytes; it is read once, so that it may be a pipe.
 
-    Raises InputError, naming the line, before anything is done with the others.
+    Strings, or objects with "text" or "prompt"; empty lines are passed over. Raises InputError, naming the line, before
+    anything is done with the others.
     """
     records: list[Record] = []
+    digest = hashlib.sha256()
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
+                digest.update(line)
                 if line.strip():
                     records.append(_record(line, len(records), f"{path}, line {number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     if not records:
         raise InputError(f"{path} has no records; give one JSON string or object a line")
-    return records
+    return records, digest.hexdigest()
 
 
-def _record(line: str, index: int, place: str) -> Record:
+def _record(line: bytes, index: int, place: str) -> Record:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: not UTF-8 (byte {error.start + 1}); convert the file") from error
     except ValueError as error:
         raise InputError(f"{place}: not JSON ({error})") from error
     fields = value if isinstance(value, dict) else {"text": value}
@@ -145,8 +150,8 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         whole.replace(self._output)
-        self._file.close()
         self._path.unlink()
+        self._file.close()
 
     def _check_output(self) -> None:
         if self._output.exists():
@@ -155,7 +160,7 @@ class Journal:
     def _resume(self, header: bytes) -> None:
         self._file.seek(0)
         first = self._file.readline()
-        if first and first.endswith(b"\n") and first != header:
+        if not header.startswith(first):  # a kill leaves nothing of it, or its beginning
             raise InputError(
                 f"{self._path} is from a run with other inputs, model or options; repeat those, or remove it"
             )
