@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from hermes import __version__
 from hermes.checkpoint.synth import synth
+from hermes.cli.jobs import Inputs, make_job
+from hermes.tasks.text_generation import GenerateOptions
 
 KEYS = [
     "model", "task", "outputs", "budget_bytes", "floor_bytes", "peak_bytes", "load_seconds", "seconds",
@@ -159,6 +161,49 @@ def test_images_and_texts(tmp_path, invoke):
         assert json.loads(streamed.stdout)["outputs"] == json.loads(resident.stdout)["outputs"]
     people = invoke(vit, "--image", tmp_path / "a.png", "--budget", "8GiB")
     assert re.fullmatch(r".*a\.png: LABEL_\d [\d.]+%.*\n", people.stdout)
+
+
+BEAMS = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True}
+
+
+def test_a_model_that_searches_with_beams(copy, invoke, tmp_path):
+    (copy / "generation_config.json").write_text(json.dumps(BEAMS))
+    common = (copy, "--max-new-tokens", "5")
+    prompts = ("--prompt", "Hello", "--prompt", "Good day")
+    resident = json.loads(invoke(*common, *prompts, "--resident", "--json").stdout)
+    streamed = json.loads(invoke(*common, *prompts, "--budget", "8GiB", "--json").stdout)
+    assert streamed["outputs"] == resident["outputs"]
+    assert len(streamed["outputs"]) == 2
+    people = invoke(*common, *prompts, "--budget", "8GiB")
+    assert [output["text"] in people.stdout for output in streamed["outputs"]] == [True, True]
+    (tmp_path / "in.jsonl").write_text('"Hello"\n"Good day"\n')
+    filed = invoke(*common, "--budget", "8GiB", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert filed.returncode == 0, filed.stderr
+    found = [json.loads(line)["generated"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert found == [output["text"] for output in streamed["outputs"]]
+    drafted = invoke(*common, "--prompt", "x", "--budget", "8GiB", "--draft", "prompt-lookup")
+    assert_refused(drafted, "--draft is not for .*3 beams")
+
+
+def test_beams_are_planned_for(copy):
+    def workload():
+        return make_job(
+            copy,
+            Inputs(prompts=["Hello", "Good day"]),
+            task=None,
+            generate=lambda count: GenerateOptions(max_new_tokens=count),
+            max_new_tokens=4,
+            pool=None,
+            trust_remote_code=False,
+        ).workload
+
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    assert workload().batch_size == 2
+    config = json.loads((copy / "config.json").read_bytes())
+    (copy / "config.json").write_text(json.dumps(config | {"num_beams": 2}))
+    assert workload().batch_size == 4
+    (copy / "generation_config.json").write_text(json.dumps(BEAMS))
+    assert workload().batch_size == 6
 
 
 def test_standard_input_is_a_prompt(gpt2, invoke):

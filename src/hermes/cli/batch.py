@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hermes.checkpoint import open_checkpoint
 from hermes.errors import BudgetError, InputError
 from hermes.memory.probe import peak_resident_bytes
-from hermes.tasks.detect import context_tokens, read_config, task_of
+from hermes.tasks.detect import context_tokens, num_beams, read_config, task_of
 from hermes.tasks.records import Journal, Record, make_batches, read_records
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class _Work:
     perform: Callable[[Any, Sequence[str]], list[dict[str, Any]]]
     settings: Mapping[str, Any]
     new_tokens: int = 0
+    beams: int = 1
 
 
 def run_file(
@@ -159,7 +160,7 @@ def _open(
         workload = Workload(
             batch_size=max(1, max(len(batch) * lengths[batch[0]] for batch in batches) // max(lengths))
             if embeds
-            else max(map(len, batches)),
+            else max(map(len, batches)) * work.beams,
             sequence_length=max(lengths),
             max_new_tokens=work.new_tokens,
             num_forwards=len(batches),
@@ -253,8 +254,14 @@ def _generation(
         results = generate_text(model, tokenizer, batch, options)
         return [{"generated": result.text, "token_ids": list(result.token_ids)} for result in results]
 
+    beams = num_beams(directory)
     return _Work(
-        task=task, lengths=lengths, perform=perform, settings=asdict(options), new_tokens=options.max_new_tokens
+        task=task,
+        lengths=lengths,
+        perform=perform,
+        settings={**asdict(options), "beams": beams},
+        new_tokens=options.max_new_tokens,
+        beams=beams,
     )
 
 

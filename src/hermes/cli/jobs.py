@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hermes.checkpoint import resolve_model
 from hermes.errors import InputError
-from hermes.tasks.detect import TASKS, context_tokens, read_config, task_of
+from hermes.tasks.detect import TASKS, context_tokens, num_beams, read_config, task_of
 
 if TYPE_CHECKING:
     from hermes.session.workload import Workload
@@ -122,8 +122,11 @@ def _prompt_job(
     check_context(config, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens)
     options = generate(max_new_tokens)
     draft = None
+    beams = num_beams(directory)
     if options.draft is not None and len(prompts) > 1:
         raise InputError(f"--draft is for one prompt, not {len(prompts)}; many at once share each sweep anyway")
+    if options.draft is not None and beams > 1:
+        raise InputError(f"--draft is not for {directory}, whose generation searches with {beams} beams; leave it out")
     if options.draft not in (None, PROMPT_LOOKUP):
         draft = load_draft(resolve_model(options.draft), config, trust_remote_code=trust_remote_code)
 
@@ -132,10 +135,10 @@ def _prompt_job(
 
     return Job(
         task=task,
-        workload=Workload(batch_size=batch_size, sequence_length=prompt_tokens, max_new_tokens=max_new_tokens),
+        workload=Workload(batch_size=batch_size * beams, sequence_length=prompt_tokens, max_new_tokens=max_new_tokens),
         perform=perform,
         render=lambda output: str(output["text"]),
-        streams=True,
+        streams=beams == 1,
     )
 
 

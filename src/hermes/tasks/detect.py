@@ -7,7 +7,7 @@ from typing import Any
 
 from hermes.errors import ModelError
 
-__all__ = ["TASKS", "context_tokens", "is_encoder_decoder", "read_config", "task_of"]
+__all__ = ["TASKS", "context_tokens", "is_encoder_decoder", "num_beams", "read_config", "task_of"]
 
 TASKS = ("text-generation", "text2text-generation", "feature-extraction", "image-classification")
 """What `hermes run` can do; the names are those of transformers' pipelines."""
@@ -70,3 +70,16 @@ def context_tokens(config: Mapping[str, Any]) -> int | None:
                 unused = int(table.get("pad_token_id") or 0) + 1 if table.get("model_type") in _OFFSET_FAMILIES else 0
                 return value - unused
     return None
+
+
+def num_beams(directory: Path) -> int:
+    """Sequences that `generate` follows for each prompt; 1 is no search.
+
+    As generation_config.json says, or config.json where there is none.
+    """
+    try:
+        settings = json.loads((directory / "generation_config.json").read_bytes())
+    except (OSError, ValueError):
+        settings = read_config(directory)
+    count = settings.get("num_beams") if isinstance(settings, dict) else None
+    return count if isinstance(count, int) and count > 1 else 1

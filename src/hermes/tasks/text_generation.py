@@ -93,7 +93,8 @@ def generate_text(
         tokenizer: its tokenizer; gets a padding token if it has none.
         prompts: texts, in any lengths.
         options: how to choose tokens.
-        on_token: called with (prompt number, new text) at each token.
+        on_token: called with (prompt number, new text) at each token; never where the model's generation configuration
+            asks for a beam search, which settles its text at the end.
         draft_model: from `load_draft`, where the options name one.
 
     Raises:
@@ -113,7 +114,7 @@ def generate_text(
         arguments["prompt_lookup_num_tokens"] = DRAFT_TOKENS
     elif draft_model is not None:
         arguments["assistant_model"] = draft_model
-    if on_token is not None:
+    if on_token is not None and (model.generation_config.num_beams or 1) == 1:
         from hermes.tasks.streaming import BatchStreamer
 
         arguments["streamer"] = BatchStreamer(tokenizer, end_ids, on_token)
@@ -123,6 +124,8 @@ def generate_text(
         **{name: value.to(model.device) for name, value in inputs.items() if name in ("input_ids", "attention_mask")},
         max_new_tokens=options.max_new_tokens,
         do_sample=options.do_sample,
+        num_return_sequences=1,
+        return_dict_in_generate=False,
         pad_token_id=tokenizer.pad_token_id,
         **arguments,
     )
