@@ -211,6 +211,26 @@ def test_standard_input_is_a_prompt(gpt2, invoke):
     assert json.loads(piped.stdout)["outputs"][0]["prompt"] == "Hello"
 
 
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    return synth("tiny-bert", tmp_path_factory.mktemp("run") / "bert")
+
+
+def test_lines_of_standard_input_end_with_newlines_alone(bert, invoke):
+    piped = invoke(bert, "--resident", "--json", stdin="one\u2028still one\n two\x0bstill\x85two\n")
+    texts = [output["text"] for output in json.loads(piped.stdout)["outputs"]]
+    assert texts == ["one\u2028still one", " two\x0bstill\x85two"]
+
+
+def test_text_that_is_no_utf8(bert, gpt2):
+    for model in (bert, gpt2):
+        done = subprocess.run(
+            [sys.executable, "-m", "hermes", "run", model, "--budget", ENOUGH],
+            input=b"one\ntwo \xff\n", capture_output=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (2, b"error: standard input, line 2: not UTF-8; convert it\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -227,6 +247,8 @@ def test_standard_input_is_a_prompt(gpt2, invoke):
         (["--budget", ENOUGH, "--prompt", "x", "--trace", "/nowhere/at/all.json"], "no such directory"),
         (["--resident", "--prompt", "x", "--trace", "t.json"], "--trace needs the engine"),
         (["--budget", ENOUGH], "empty"),
+        (["--budget", ENOUGH, "--prompt", "x", "--prompt", "x\udcff"], r"text 2 of 2 is no UTF-8: character 2"),
+        (["--budget", ENOUGH, "--text", "\udcff"], r"text 1 of 1 is no UTF-8: character 1"),
         (["--budget", ENOUGH, "--prompt", "x" * 129], "129 tokens long.*context of 128"),
         (["--budget", ENOUGH, "--prompt", "x", "--max-new-tokens", "128"], "1 tokens.* 128 new .*--max-new-tokens 127"),
         (["--budget", ENOUGH, "--prompt", "x", "--dtype", "float7"], "unknown dtype 'float7'"),

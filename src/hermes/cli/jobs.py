@@ -67,8 +67,8 @@ def make_job(
     if task == "image-classification":
         return _image_job(directory, inputs.images)
     if task == "feature-extraction":
-        return _text_job(directory, inputs.texts or _standard_input().splitlines(), pool, trust_remote_code)
-    prompts = inputs.prompts or [_standard_input().removesuffix("\n")]
+        return _text_job(directory, inputs.texts or _standard_input().split("\n"), pool, trust_remote_code)
+    prompts = inputs.prompts or [_standard_input()]
     return _prompt_job(directory, prompts, task, generate, max_new_tokens, trust_remote_code)
 
 
@@ -95,9 +95,17 @@ def _settle_task(directory: Path, inputs: Inputs, task: str | None) -> str:
 
 
 def _standard_input() -> str:
+    """All of it, but the newline at its end."""
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError("nothing to do: give --prompt, --text or --image, or pipe text in")
-    return sys.stdin.read()
+    content = sys.stdin.buffer.read().replace(b"\r\n", b"\n").removesuffix(b"\n")
+    if not content:
+        raise InputError("there is nothing to read: standard input is empty; give --prompt, --text or --image")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"standard input, line {line}: not UTF-8; convert it") from error
 
 
 def _prompt_job(

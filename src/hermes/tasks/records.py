@@ -53,8 +53,14 @@ def read_records(path: Path) -> tuple[list[Record], str]:
 def _record(line: bytes, index: int, place: str) -> Record:
     try:
         value = json.loads(line.decode())
+        json.dumps(value, ensure_ascii=False).encode()  # as the output is going to be written
     except UnicodeDecodeError as error:
         raise InputError(f"{place}: not UTF-8 (byte {error.start + 1}); convert the file") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise InputError(f"{place}: {half!r} is half a character, which no text can hold; mend the line") from error
+    except RecursionError as error:
+        raise InputError(f"{place}: nested too deeply; give a string, or an object of few levels") from error
     except ValueError as error:
         raise InputError(f"{place}: not JSON ({error})") from error
     fields = value if isinstance(value, dict) else {"text": value}

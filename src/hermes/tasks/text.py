@@ -44,10 +44,18 @@ def encode_texts(
     Padding is the tokenizer's own, else the end-of-text token: the attention mask hides it.
 
     Raises:
-        InputError: no text, a text of no tokens, or several texts and nothing to pad with.
+        InputError: no text, a text that is no UTF-8 or of no tokens, or several texts and nothing to pad with.
     """
     if not texts:
         raise InputError("there is nothing to read: no text was given")
+    for number, text in enumerate(texts, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text {number} of {len(texts)} is no UTF-8: character {error.start + 1} is {text[error.start]!r}; "
+                "give whole characters"
+            ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None and len(texts) > 1:
             raise InputError("this tokenizer has no padding token: give one text at a time")
