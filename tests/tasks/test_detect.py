@@ -3,7 +3,7 @@ import json
 import pytest
 
 from hermes.errors import ModelError
-from hermes.tasks.detect import context_tokens, read_config, task_of
+from hermes.tasks.detect import context_tokens, num_beams, read_config, task_of
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,8 @@ def test_task_of(tmp_path, config, task):
         ({"n_positions": 1024}, 1024),
         ({"n_positions": 512, "relative_attention_num_buckets": 32}, None),
         ({"max_position_embeddings": 514, "model_type": "roberta", "pad_token_id": 1}, 512),
+        ({"max_position_embeddings": 514, "model_type": "roberta", "pad_token_id": "one"}, 513),
+        ({"max_position_embeddings": 514, "model_type": ["roberta"]}, 514),
         ({"text_config": {"max_position_embeddings": 77}}, 77),
         ({}, None),
     ],
@@ -39,7 +41,18 @@ def test_context_tokens(config, limit):
     assert context_tokens(config) == limit
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "missing"), ("{", "JSON"), ("[1]", "not a JSON object")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "missing"),
+        ("{", "JSON"),
+        ("[" * 200_000, "cannot be read as JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"architectures": 5}', "architectures is 5, not a list of class names"),
+        ('{"architectures": {"0": "BertModel"}}', "architectures is {'0': 'BertModel'}, not a list"),
+        ('{"architectures": [null]}', r"architectures is \[None\], not a list"),
+    ],
+)
 def test_read_config_refuses(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
@@ -51,3 +64,22 @@ def test_read_config_refuses_a_single_file(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"hermes\.stream"):
         read_config(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "beams"),
+    [
+        ("{}", None, 1),
+        ('{"num_beams": 4}', None, 4),
+        ('{"num_beams": 4}', "[", 4),
+        ('{"num_beams": 4}', '{"num_beams": 3}', 3),
+        ('{"num_beams": 4}', "{}", 1),
+        ("{}", '{"num_beams": "many"}', 1),
+        ("{}", "[" * 200_000, 1),
+    ],
+)
+def test_num_beams(tmp_path, config, generation, beams):
+    (tmp_path / "config.json").write_text(config)
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(generation)
+    assert num_beams(tmp_path) == beams

@@ -184,7 +184,8 @@ def _image_job(directory: Path, images: Sequence[Path]) -> Job:
     pixels = prepare_images(directory, opened)
     config = read_config(directory)
     image_tokens = 1
-    if isinstance(size := config.get("image_size"), int) and isinstance(patch := config.get("patch_size"), int):
+    size, patch = config.get("image_size"), config.get("patch_size")
+    if isinstance(size, int) and isinstance(patch, int) and patch > 0:
         image_tokens = (size // patch) ** 2 + 1
 
     def perform(model: Any, _: Callable[[int, str], None]) -> list[dict[str, Any]]:

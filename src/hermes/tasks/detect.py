@@ -7,7 +7,7 @@ from typing import Any
 
 from hermes.errors import ModelError
 
-__all__ = ["TASKS", "context_tokens", "is_encoder_decoder", "num_beams", "read_config", "task_of"]
+__all__ = ["TASKS", "context_tokens", "is_encoder_decoder", "num_beams", "read_config", "read_settings", "task_of"]
 
 TASKS = ("text-generation", "text2text-generation", "feature-extraction", "image-classification")
 """What `hermes run` can do; the names are those of transformers' pipelines."""
@@ -17,7 +17,7 @@ _OFFSET_FAMILIES = {"camembert", "data2vec-text", "longformer", "mpnet", "robert
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The model's config.json. Raises ModelError when it is missing or is not JSON."""
+    """The model's config.json. Raises ModelError when it is missing, is not JSON, or names no architecture properly."""
     path = directory / "config.json"
     if not directory.is_dir():
         raise ModelError(
@@ -28,18 +28,29 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ModelError(f"{path}: missing; a model's directory holds one beside its weights") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path}: not a JSON object")
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ModelError(f"{path}: architectures is {str(names)[:40]}, not a list of class names; download it again")
     return config
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """A JSON object that may lie beside the weights; None where there is no such, or it cannot be read."""
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
 def task_of(directory: Path) -> str:
     """One of TASKS, by the architecture that the configuration names. Raises ModelError as `read_config` does."""
     config = read_config(directory)
-    names = config.get("architectures") or [""]
-    architecture = str(names[0])
+    architecture = (config.get("architectures") or [""])[0]
     if is_encoder_decoder(config):
         return "text2text-generation"
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
@@ -51,8 +62,8 @@ def task_of(directory: Path) -> str:
 
 def is_encoder_decoder(config: Mapping[str, Any]) -> bool:
     """An encoder-decoder that takes text; the speech ones are named otherwise."""
-    names = config.get("architectures") or [""]
-    is_text = not any("Speech" in str(name) or "Whisper" in str(name) for name in names)
+    names = config.get("architectures") or []
+    is_text = not any("Speech" in name or "Whisper" in name for name in names)
     # T5 configurations of old leave the flag out: their class's default is True.
     flag = config.get("is_encoder_decoder", str(config.get("model_type")) in ("t5", "mt5", "umt5"))
     return bool(flag) and is_text
@@ -67,8 +78,9 @@ def context_tokens(config: Mapping[str, Any]) -> int | None:
         for name in ("max_position_embeddings", "n_positions"):
             value = table.get(name)
             if isinstance(value, int) and value > 0:
-                unused = int(table.get("pad_token_id") or 0) + 1 if table.get("model_type") in _OFFSET_FAMILIES else 0
-                return value - unused
+                padding = table.get("pad_token_id")
+                unused = padding + 1 if isinstance(padding, int) else 1
+                return value - unused if str(table.get("model_type")) in _OFFSET_FAMILIES else value
     return None
 
 
@@ -77,9 +89,6 @@ def num_beams(directory: Path) -> int:
 
     As generation_config.json says, or config.json where there is none.
     """
-    try:
-        settings = json.loads((directory / "generation_config.json").read_bytes())
-    except (OSError, ValueError):
-        settings = read_config(directory)
-    count = settings.get("num_beams") if isinstance(settings, dict) else None
+    settings = read_settings(directory / "generation_config.json")
+    count = (read_config(directory) if settings is None else settings).get("num_beams")
     return count if isinstance(count, int) and count > 1 else 1

@@ -1,6 +1,5 @@
 """Texts to vectors: one forward pass of an encoder, then its hidden states pooled over the tokens that are real."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 
 from hermes.errors import InputError
 from hermes.model.inputs import moved
-from hermes.tasks.detect import context_tokens, is_encoder_decoder
+from hermes.tasks.detect import context_tokens, is_encoder_decoder, read_settings
 from hermes.tasks.text import encode_texts
 
 __all__ = ["POOLS", "embed_texts", "encode_for_embedding", "pool_of"]
@@ -27,10 +26,7 @@ _POOLING_MODES = {
 
 def pool_of(directory: Path) -> str:
     """The pooling that a sentence encoder was trained with, as its directory says; "mean" where it does not."""
-    try:
-        settings = json.loads((directory / "1_Pooling" / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return "mean"
+    settings = read_settings(directory / "1_Pooling" / "config.json") or {}
     return next((pool for mode, pool in _POOLING_MODES.items() if settings.get(mode)), "mean")
 
 
