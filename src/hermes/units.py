@@ -14,19 +14,23 @@ _FACTORS = {
     "G": 2**30, "GIB": 2**30, "GB": 10**9,
     "T": 2**40, "TIB": 2**40, "TB": 10**12,
 }  # fmt: skip
+_MAX_BYTES = 2**63 - 1
+"""What a system can count."""
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str | int) -> int:
     """Bytes of "700MiB", "3G", "1.5 GB" or a plain number; a bare letter is binary, as in `ulimit` and cgroups.
 
-    Raises BudgetError when the text is not a positive size.
+    Raises BudgetError when the text is not a positive size, or is one that no machine has.
     """
     match = _SIZE.fullmatch(str(text))
     factor = _FACTORS.get(match[2].upper()) if match else None
     nbytes = int(Decimal(match[1]) * factor) if match and factor else 0
     if nbytes <= 0:
         raise BudgetError(f"cannot read {str(text)!r} as a size of memory; try 700MiB, 1.5GiB or a number of bytes")
+    if nbytes > _MAX_BYTES:
+        raise BudgetError(f"a size of memory is {_MAX_BYTES} bytes at most; try 700MiB or 1.5GiB")
     return nbytes
 
 

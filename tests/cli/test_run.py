@@ -245,7 +245,13 @@ def test_text_that_is_no_utf8(bert, gpt2):
         (["--budget", ENOUGH, "--prompt", "x", "--temperature", "0.5"], "--temperature changes nothing without"),
         (["--budget", ENOUGH, "--prompt", "x", "--do-sample", "--temperature", "0"], "must be above 0"),
         (["--budget", ENOUGH, "--prompt", "x", "--trace", "/nowhere/at/all.json"], "no such directory"),
-        (["--resident", "--prompt", "x", "--trace", "t.json"], "--trace needs the engine"),
+        (["--resident", "--prompt", "x", "--trace", "t.json"], "--resident holds all weights.* --trace is for"),
+        (
+            ["--resident", "--prompt", "x", "--budget", "1GiB", "--agents", "2"],
+            "--budget and --agents is for streaming",
+        ),
+        (["--resident", "--prompt", "x", "--sequential"], "--sequential is for streaming"),
+        (["--budget", "9" * 400, "--prompt", "x"], "9223372036854775807 bytes at most"),
         (["--budget", ENOUGH], "empty"),
         (["--budget", ENOUGH, "--prompt", "x", "--prompt", "x\udcff"], r"text 2 of 2 is no UTF-8: character 2"),
         (["--budget", ENOUGH, "--text", "\udcff"], r"text 1 of 1 is no UTF-8: character 1"),
@@ -265,6 +271,13 @@ def test_text_that_is_no_utf8(bert, gpt2):
 )
 def test_bad_options(gpt2, invoke, arguments, message):
     assert_refused(invoke(gpt2, *arguments), message)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--agents", "100000"), ("--seed", str(10**20)), ("--seed", "-1")])
+def test_numbers_out_of_range(gpt2, invoke, option, value):
+    refused = invoke(gpt2, "--budget", ENOUGH, "--prompt", "x", option, value)
+    assert refused.returncode == 2
+    assert f"Invalid value for '{option}'" in refused.stderr
 
 
 def spoil(directory: Path, how: str) -> None:

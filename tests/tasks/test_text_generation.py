@@ -63,6 +63,11 @@ def test_a_draft_of_another_vocabulary_is_refused(tiny):
         load_draft(tiny("tiny-gpt2"), {"vocab_size": 99}, trust_remote_code=False)
 
 
+def test_a_draft_that_is_no_decoder_is_refused(tiny):
+    with pytest.raises(InputError, match="is a model for feature-extraction; give one for text-generation"):
+        load_draft(tiny("tiny-bert"), {"vocab_size": 512}, trust_remote_code=False)
+
+
 def test_a_batch_says_what_each_prompt_alone_says(tiny):
     directory = tiny("tiny-gpt2")
     tokenizer = load_tokenizer(directory)

@@ -84,7 +84,7 @@ def run(
     dtype: Dtype = None,
     device: DeviceName = "cpu",
     device_budget: DeviceBudget = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Of sampling.")] = None,
     profile: ProfileFile = None,
     task: Task = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -103,15 +103,22 @@ def run(
         "draft": draft,
     }
     _check_sampling(options)
+    if resident:
+        _check_resident(
+            budget=budget,
+            trace=trace,
+            sequential=sequential or None,
+            agents=agents,
+            granularity=granularity,
+            resident_bytes=resident_bytes,
+            profile=profile,
+            device_budget=device_budget,
+        )
     budget_bytes = _budget(budget, resident=resident)
     choices = plan_choices(agents=agents, granularity=granularity, resident_bytes=resident_bytes, sequential=sequential)
     choices["profile"] = profile
-    if trace is not None and (resident or not trace.parent.is_dir()):
-        raise InputError(
-            "--trace needs the engine, which --resident does without"
-            if resident
-            else f"--trace {trace}: no such directory; make it first"
-        )
+    if trace is not None and not trace.parent.is_dir():
+        raise InputError(f"--trace {trace}: no such directory; make it first")
     if device != "cpu" and (input is not None or draft is not None):
         raise InputError(f"--device {device} is not for --input or --draft; those compute on the CPU")
     directory = resolve_model(model, revision=revision)
@@ -194,20 +201,33 @@ def run(
         )
 
 
+def _check_resident(**options: object) -> None:
+    """Those of the engine, which plain transformers would pass over without a word."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise InputError(
+            f"--resident holds all weights in memory, {_spelt(given)} is for streaming; leave out one of them"
+        )
+
+
 def _budget(budget: str | None, *, resident: bool) -> int | None:
     """Bytes; None is no engine and no bound."""
-    if budget is None and not resident:
+    if resident:
+        return None
+    if budget is None:
         raise BudgetError("run needs --budget (as 700MiB), or --resident to hold all weights in memory")
-    budget_bytes = None if budget is None else parse_bytes(budget)
-    return None if resident else budget_bytes
+    return parse_bytes(budget)
 
 
 def _check_sampling(options: dict[str, Any]) -> None:
     given = [name for name in ("temperature", "top_k", "top_p") if options[name] is not None]
     if given and not options["do_sample"]:
-        names = " and ".join("--" + name.replace("_", "-") for name in given)
-        raise InputError(f"{names} changes nothing without --do-sample")
+        raise InputError(f"{_spelt(given)} changes nothing without --do-sample")
     for name in ("temperature", "repetition_penalty"):
         value = options[name]
         if value is not None and not value > 0:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+            raise InputError(f"{_spelt([name])} is {value}; it must be above 0")
+
+
+def _spelt(names: list[str]) -> str:
+    """As on the command line."""
+    return " and ".join("--" + name.replace("_", "-") for name in names)

@@ -9,7 +9,7 @@ import torch
 
 from hermes.errors import InputError, ModelError
 from hermes.model.lean import lean_imports
-from hermes.tasks.detect import context_tokens, is_encoder_decoder
+from hermes.tasks.detect import context_tokens, is_encoder_decoder, task_of
 from hermes.tasks.text import encode_texts
 
 __all__ = [
@@ -142,8 +142,10 @@ def load_draft(directory: Path, config: Mapping[str, Any], *, trust_remote_code:
     """A small model, all of it in memory, that guesses tokens for one with `config`. Blocking.
 
     Load it before the large one is planned: what it takes then counts as this process's floor. Raises ModelError where
-    it cannot be loaded, InputError where it has another vocabulary.
+    it cannot be loaded, InputError where it is no decoder or has another vocabulary.
     """
+    if (task := task_of(directory)) != "text-generation":
+        raise InputError(f"the draft {directory} is a model for {task}; give one for text-generation, or prompt-lookup")
     from transformers import AutoModelForCausalLM
 
     with lean_imports():
