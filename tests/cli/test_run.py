@@ -332,6 +332,21 @@ def test_bad_checkpoints(copy, invoke, how, message):
     assert_refused(invoke(copy, "--budget", "8GiB", "--prompt", "x", "--max-new-tokens", "2"), message)
 
 
+@pytest.mark.parametrize("memory", [("--budget", "8GiB"), ("--resident",)], ids=["streamed", "resident"])
+def test_layers_without_weights(copy, invoke, tmp_path, memory):
+    config = json.loads((copy / "config.json").read_bytes())
+    (copy / "config.json").write_text(json.dumps(config | {"n_layer": config["n_layer"] + 2}))
+    (tmp_path / "in.jsonl").write_text('"x"\n')
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    for inputs in (("--prompt", "x"), files):
+        refused = invoke(copy, *memory, *inputs, "--max-new-tokens", "2")
+        assert refused.returncode == 2
+        assert refused.stdout == ""
+        last = refused.stderr.splitlines()[-1]  # behind what transformers says of it
+        assert re.match(r"error: .* lack 24 parameters .*\(transformer\.h\.3\.ln_1\.weight, .*, \.\.\.\); give", last)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_bad_image(tmp_path, invoke):
     directory = synth("tiny-vit", tmp_path / "vit")
     (tmp_path / "not.png").write_text("no")

@@ -3,10 +3,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import hermes
-from hermes.errors import InputError
+from hermes.errors import InputError, ModelError
 from hermes.tasks.streaming import BatchStreamer
 from hermes.tasks.text import load_tokenizer
-from hermes.tasks.text_generation import PROMPT_LOOKUP, GenerateOptions, check_context, generate_text, load_draft
+from hermes.tasks.text_generation import (
+    PROMPT_LOOKUP,
+    GenerateOptions,
+    check_blocks,
+    check_context,
+    generate_text,
+    load_draft,
+)
 
 PROMPTS = ["Hello there", "A longer prompt than the first: é"]
 
@@ -66,6 +73,14 @@ def test_a_draft_of_another_vocabulary_is_refused(tiny):
 def test_a_draft_that_is_no_decoder_is_refused(tiny):
     with pytest.raises(InputError, match="is a model for feature-extraction; give one for text-generation"):
         load_draft(tiny("tiny-bert"), {"vocab_size": 512}, trust_remote_code=False)
+
+
+def test_only_whole_blocks_must_not_be_missing(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny("tiny-gpt2"), dtype="auto")
+    check_blocks(model, ["lm_head.weight", "transformer.h.1.attn.c_attn.bias", "transformer.ln_f.weight"])
+    block = [f"transformer.h.1.{name}" for name, _ in model.transformer.h[1].named_parameters()]
+    with pytest.raises(ModelError, match=f"lack {len(block)} parameters"):
+        check_blocks(model, block)
 
 
 def test_a_batch_says_what_each_prompt_alone_says(tiny):

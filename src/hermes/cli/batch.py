@@ -184,22 +184,19 @@ def _model(
     trust_remote_code: bool,
     choices: Mapping[str, Any],
 ) -> tuple[Any, "Session | None"]:
+    from hermes.cli.execute import load_resident, open_streamed
+
     if budget_bytes is None:
-        from hermes.cli.execute import load_resident
-
         return load_resident(directory, task, dtype, trust_remote_code), None
-    from hermes.api import open_session
-
-    prepared, session = open_session(
+    return open_streamed(
         directory,
+        task,
         budget_bytes=budget_bytes,
         workload=workload,
-        task=task,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         **choices,
     )
-    return prepared.module, session
 
 
 def _embedding(directory: Path, texts: Sequence[str], pool: str | None, trust_remote_code: bool) -> _Work:

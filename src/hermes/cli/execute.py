@@ -15,10 +15,11 @@ from hermes.errors import HermesError, ModelError
 from hermes.memory.probe import peak_resident_bytes, process_read_bytes
 
 if TYPE_CHECKING:
+    from hermes.model.mapping import WeightMap
     from hermes.report.outcome import Outcome
     from hermes.session import Session
 
-__all__ = ["load_resident", "run_resident", "run_streamed"]
+__all__ = ["load_resident", "open_streamed", "run_resident", "run_streamed"]
 
 _STARTED_SECONDS = time.perf_counter()
 _TICKS_PER_SECOND = 100
@@ -101,6 +102,29 @@ def run_resident(
     )
 
 
+def open_streamed(directory: Path, task: str, **options: Any) -> tuple[Any, "Session"]:
+    """The model, and its session, which is the caller's to close; options and errors are `open_session`'s.
+
+    Raises ModelError, too, where text would come from layers whose weights are missing.
+    """
+    from hermes.api import open_session
+
+    prepared, session = open_session(directory, task=task, **options)
+    try:
+        _check_weights(prepared.module, task, prepared.weights)
+    except ModelError:
+        session.close()
+        raise
+    return prepared.module, session
+
+
+def _check_weights(module: Any, task: str, weights: "WeightMap") -> None:
+    from hermes.tasks.text_generation import check_blocks
+
+    if task in ("text-generation", "text2text-generation"):
+        check_blocks(module, weights.missing)
+
+
 def load_resident(directory: Path, task: str, dtype: str | None, trust_remote_code: bool) -> Any:
     """The model as any user of transformers would load it, in the dtype that a streamed run computes in.
 
@@ -110,6 +134,7 @@ def load_resident(directory: Path, task: str, dtype: str | None, trust_remote_co
 
     from hermes.api import torch_dtype
     from hermes.checkpoint import open_checkpoint
+    from hermes.model.mapping import map_weights
     from hermes.model.resident import load_packed, load_quantized
 
     auto_class = {
@@ -134,6 +159,7 @@ def load_resident(directory: Path, task: str, dtype: str | None, trust_remote_co
     # Everything: transformers has no error of its own for what does not fit.
     except Exception as error:
         raise ModelError(f"{directory}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+    _check_weights(loaded, task, map_weights(loaded, checkpoint))
     return loaded.eval()
 
 

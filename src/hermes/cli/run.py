@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hermes.checkpoint import open_checkpoint, resolve_model
-from hermes.cli.execute import run_resident, run_streamed
+from hermes.cli.execute import open_streamed, run_resident, run_streamed
 from hermes.cli.jobs import Inputs, make_job
 from hermes.cli.options import (
     Agents,
@@ -168,15 +168,14 @@ def run(
     if budget_bytes is None:
         outcome = run_resident(model, directory, job, dtype, trust_remote_code, device=device, quiet=json_output)
     else:
-        from hermes.api import open_session
         from hermes.report.progress import import_terminal
 
         import_terminal()
-        prepared, session = open_session(
+        module, session = open_streamed(
             directory,
+            job.task,
             budget_bytes=budget_bytes,
             workload=job.workload,
-            task=job.task,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             device=device,
@@ -185,7 +184,7 @@ def run(
             **choices,
         )
         with session:
-            outcome = run_streamed(model, prepared.module, session, job, quiet=json_output)
+            outcome = run_streamed(model, module, session, job, quiet=json_output)
             if trace is not None:
                 from hermes.report.trace import write_trace
 

@@ -1,6 +1,8 @@
 """Text that goes on from prompts, by transformers' own `generate`: of decoders, and of encoder-decoders."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ __all__ = [
     "PROMPT_LOOKUP",
     "GenerateOptions",
     "Generated",
+    "check_blocks",
     "check_context",
     "encode_prompts",
     "generate_text",
@@ -25,6 +28,8 @@ __all__ = [
 PROMPT_LOOKUP = "prompt-lookup"
 DRAFT_TOKENS = 7
 """Guessed at a time: with the token that follows, a pass is over eight."""
+_BLOCK = re.compile(r".*?\.\d+\.")
+_NUM_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,24 @@ def check_context(config: Mapping[str, Any], *, prompt_tokens: int, max_new_toke
         raise InputError(
             f"{prompt_tokens} tokens of prompt and {max_new_tokens} new ones exceed the model's context of {limit}; "
             f"shorten the prompt, or try --max-new-tokens {limit - prompt_tokens}"
+        )
+
+
+def check_blocks(model: Any, missing: Collection[str]) -> None:
+    """Raise ModelError if all parameters of some block are `missing`: what it made of random ones would be noise.
+
+    A block is a submodule with a number. A head that is tied, or new, is none.
+    """
+    blocks: defaultdict[str, list[str]] = defaultdict(list)
+    for name, _ in model.named_parameters():
+        if block := _BLOCK.match(name):
+            blocks[block[0]].append(name)
+    absent = set(missing)
+    if lost := [name for names in blocks.values() if absent.issuperset(names) for name in names]:
+        more = ", ..." if len(lost) > _NUM_NAMED else ""
+        raise ModelError(
+            f"{model.name_or_path}: its weights lack {len(lost)} parameters of layers that config.json asks for "
+            f"({', '.join(lost[:_NUM_NAMED])}{more}); give the config.json that belongs to them"
         )
 
 
