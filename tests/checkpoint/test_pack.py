@@ -72,6 +72,33 @@ def test_there_and_back(model, tmp_path):
     assert (packed / "model-00001-of-00002.safetensors").stat() == again
 
 
+def shards(source, places):
+    """A directory of one tensor in each file, and the index that says where they are."""
+    for name, place in places.items():
+        (source / place).parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: torch.full((40, 40), float(len(name)))}, source / place)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return source
+
+
+def test_one_shard_of_another_name_keeps_an_index(tmp_path):
+    model = shards(tmp_path / "model", {"a": "model-00001-of-00001.safetensors"})
+    pack(model, tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "back")
+    for made in ("packed", "back"):
+        index = json.loads((tmp_path / made / "model.safetensors.index.json").read_bytes())
+        assert index["weight_map"] == {"a": "model-00001-of-00001.safetensors"}
+    assert contents(tmp_path / "back") == contents(model)
+
+
+def test_files_of_one_name_in_several_folders(tmp_path):
+    model = shards(tmp_path / "model", {"a": "x/m.safetensors", "bb": "y/m.safetensors"})
+    pack(model, tmp_path / "packed")
+    verify(tmp_path / "packed", model)
+    unpack(tmp_path / "packed", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "packed") == contents(model)
+
+
 def test_planes_are_plain_tensors(model, tmp_path):
     from safetensors import safe_open
 

@@ -31,6 +31,7 @@ def model(tmp_path):
         "b.weight": torch.randn(64, 64, generator=generator) * 1e-4,
         "c.weight": (torch.randn(64, 128, generator=generator) / 1000).half(),
         "plain.weight": torch.randn(65, 30, generator=generator),
+        "no_rows.weight": torch.zeros(0, 64),
     }
     tensors["a.weight"][3] = 0
     tensors["a.weight"][5, :GROUP] = 0.25

@@ -227,6 +227,13 @@ def test_hostile_pickles_stay_small(tmp_path):
             read_torch_zip(archive(tmp_path / "w.pt", pickled), 0)
 
 
+def test_one_list_does_not_become_many_tables(tmp_path):
+    pairs = b"".join(b"X\x04\x00\x00\x00%04dK\x01\x86" % number for number in range(2000))
+    pickled = b"\x80\x02ccollections\nOrderedDict\nq\x00]q\x01(" + pairs + b"e" + b"h\x00h\x01\x85R" * 100 + b"."
+    with pytest.raises(CheckpointError, match=r"its pickle of \d+ bytes makes \d+ entries of lists"):
+        read_torch_zip(archive(tmp_path / "w.pt", pickled), 0)
+
+
 def test_a_state_dict_without_tensors_is_refused(tmp_path):
     for saved in ({}, {"a": 1}, [torch.zeros(2)], torch.zeros(2), collections.OrderedDict(model={})):
         torch.save(saved, tmp_path / "w.pt")

@@ -6,7 +6,7 @@ request goes on from the last whole chunk in it: chunks carry their own sizes an
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,9 +25,10 @@ from hermes.checkpoint.readers import forget
 from hermes.checkpoint.safetensors import read_header_text
 from hermes.errors import CheckpointError, InputError, ReadError
 
-__all__ = ["STAMP_NAME", "pack", "shard_names"]
+__all__ = ["STAMP_NAME", "pack", "shard_names", "write_index"]
 
 STAMP_NAME = "hermes-pack.json"
+WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CHUNKS_AT_A_TIME = 64
 
@@ -57,14 +58,24 @@ def pack(source: Path, directory: Path, *, progress: Progress | None = None) -> 
 
 
 def shard_names(checkpoint: Checkpoint) -> list[str]:
-    """Names of the packed files: the source's, or safetensors' usual ones where that is in another format."""
+    """Names of the files in one directory: the source's, or safetensors' usual ones.
+
+    The usual ones where the source is in another format, or several folders of it have files of one name.
+    """
     names = [stamp.path.name for stamp in checkpoint.files]
-    if all(name.endswith(".safetensors") for name in names):
+    if all(name.endswith(".safetensors") for name in names) and len(set(names)) == len(names):
         return names
     count = len(names)
     if count == 1:
-        return ["model.safetensors"]
+        return [WEIGHTS_NAME]
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Say which file each tensor is in; not where that is the one that is looked for without an index."""
+    if set(weight_map.values()) != {WEIGHTS_NAME}:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _pack_into(
@@ -83,10 +94,7 @@ def _pack_into(
         _pack_file(stamp.path, entries, unfinished, advance)
         sync(unfinished)
         unfinished.rename(partial / name)
-    if len(names) > 1:
-        packed_bytes = sum((partial / name).stat().st_size for name in names)
-        index = {"metadata": {"total_size": packed_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(partial, weight_map, sum((partial / name).stat().st_size for name in names))
     if source.is_dir():
         copy_beside(source, partial)
         # A stamp of `hermes synth` would say that these are its files.

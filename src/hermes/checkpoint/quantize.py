@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hermes.checkpoint.index import DTYPE_BYTES, Checkpoint, Extent, TensorEntry
 from hermes.checkpoint.open import open_checkpoint
-from hermes.checkpoint.pack import INDEX_NAME, STAMP_NAME
+from hermes.checkpoint.pack import STAMP_NAME, WEIGHTS_NAME, write_index
 from hermes.checkpoint.partial import Progress, add_up, copy_beside, partial_directory, sync
 from hermes.checkpoint.quantized import BITS, ERRORS, FORMAT, GROUP, METHOD, SCALES, STEP, stored_shapes
 from hermes.checkpoint.readers import Reader, open_reader
@@ -144,7 +144,7 @@ def _shards(checkpoint: Checkpoint, bits: int, matrices: set[str]) -> list[_Shar
         filled += part.nbytes
     count = len(groups)
     return [
-        _Shard("model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors", tuple(parts))
+        _Shard(WEIGHTS_NAME if count == 1 else f"model-{number:05}-of-{count:05}.safetensors", tuple(parts))
         for number, parts in enumerate(groups, 1)
     ]
 
@@ -177,7 +177,8 @@ def _pieces(
 ) -> Iterator[bytes]:
     """The tensor's bytes; of a matrix, in multiples of the rows that kernels take at a time."""
     extent = entry.extent
-    step = STEP * extent.nbytes // entry.shape[0] if len(entry.shape) == 2 and entry.shape[0] % STEP == 0 else 1
+    num_rows = entry.shape[0] if len(entry.shape) == 2 else 0
+    step = STEP * extent.nbytes // num_rows if num_rows and num_rows % STEP == 0 else 1
     at_a_time = max(1, READ_BYTES // max(step, 1)) * max(step, 1)
     for begin in range(0, extent.nbytes, at_a_time):
         nbytes = min(at_a_time, extent.nbytes - begin)
@@ -298,8 +299,5 @@ def _write_beside(source: Path, partial: Path, scheme: str, shards: Sequence[_Sh
     if scheme == "int4":
         config["quantization_config"]["group_size"] = GROUP
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if len(shards) > 1:
-        names = {name: shard.name for shard in shards for part in shard.parts for name, *_ in part.stored()}
-        nbytes = sum(part.nbytes for shard in shards for part in shard.parts)
-        index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(names.items()))}
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    names = {name: shard.name for shard in shards for part in shard.parts for name, *_ in part.stored()}
+    write_index(partial, names, sum(part.nbytes for shard in shards for part in shard.parts))

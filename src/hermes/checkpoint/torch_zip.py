@@ -198,6 +198,7 @@ def _interpret(pickled: bytes) -> object:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
+    num_entries = 0
     for opcode, argument, _ in pickletools.genops(pickled):
         match opcode.name:
             case "PROTO" | "FRAME":
@@ -237,8 +238,14 @@ def _interpret(pickled: bytes) -> object:
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "REDUCE":
-                function, arguments = _top(stack, 2)
-                stack.append(_reduce(_of(_Global, function).name, _of(tuple, arguments)))
+                name, arguments = _call(*_top(stack, 2))
+                # An entry takes a byte of the pickle at least, but one list could be asked for again and again.
+                num_entries += sum(len(argument) for argument in arguments if type(argument) is list)
+                if num_entries > len(pickled):
+                    raise _Refused(
+                        f"its pickle of {len(pickled)} bytes makes {num_entries} entries of lists; {_RESAVE}"
+                    )
+                stack.append(_reduce(name, arguments))
             case "BUILD":
                 # Attributes (a state dict's _metadata): no weight depends on them.
                 _top(stack, 1)
@@ -293,11 +300,17 @@ def _storage(persistent: object) -> _Storage:
     return _Storage(_STORAGES.get(name, name), _of(str, key), count)
 
 
+def _call(function: object, arguments: object) -> tuple[str, tuple[Any, ...]]:
+    """The name of what is called, and with what; of a tensor of some class, how the tensor is made."""
+    name, given = _of(_Global, function).name, _of(tuple, arguments)
+    if name == _TYPED_TENSOR:
+        function, _, arguments, _ = given
+        name, given = _of(_Global, function).name, _of(tuple, arguments)
+    return name, given
+
+
 def _reduce(name: str, arguments: tuple[Any, ...]) -> object:
     """What calling the global would have given, as a stand-in."""
-    if name == _TYPED_TENSOR:
-        function, _, inner, _ = arguments
-        name, arguments = _of(_Global, function).name, _of(tuple, inner)
     if name in _TABLES:
         table: dict[str, Any] = {}
         _fill(table, _of(list, arguments[0]) if arguments else ())

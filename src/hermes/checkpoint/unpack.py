@@ -1,13 +1,12 @@
 """From a packed checkpoint back to what it was: as files, into memory, or only to see that it can be done."""
 
-import json
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
 from hermes.checkpoint.index import Checkpoint, Extent
 from hermes.checkpoint.open import open_checkpoint
-from hermes.checkpoint.pack import INDEX_NAME, STAMP_NAME
+from hermes.checkpoint.pack import STAMP_NAME, shard_names, write_index
 from hermes.checkpoint.packed import SOURCE_HEADER
 from hermes.checkpoint.partial import Progress, copy_beside, partial_directory, sync
 from hermes.checkpoint.readers import Reader, open_reader
@@ -27,6 +26,7 @@ def unpack(source: Path, directory: Path, *, progress: Progress | None = None) -
     InputError for a directory in the way or a failed write.
     """
     checkpoint = _open_packed(source)
+    names = shard_names(checkpoint)
     total_bytes = _weight_bytes(checkpoint)
     done_bytes = 0
     try:
@@ -34,8 +34,8 @@ def unpack(source: Path, directory: Path, *, progress: Progress | None = None) -
             if partial is None:
                 return directory
             with open_reader(checkpoint) as reader:
-                for number, stamp in enumerate(checkpoint.files):
-                    target = partial / stamp.path.name
+                for number, (stamp, name) in enumerate(zip(checkpoint.files, names, strict=True)):
+                    target = partial / name
                     entries = [entry for entry in checkpoint.tensors.values() if entry.extent.file == number]
                     if target.exists():
                         done_bytes += sum(entry.extent.nbytes for entry in entries)
@@ -54,7 +54,8 @@ def unpack(source: Path, directory: Path, *, progress: Progress | None = None) -
                     sync(unfinished)
                     unfinished.rename(target)
             if source.is_dir():
-                _copy_index(source, partial, total_bytes)
+                homes = {entry.name: names[entry.extent.file] for entry in checkpoint.tensors.values()}
+                write_index(partial, homes, total_bytes)
                 copy_beside(source, partial)
                 (partial / STAMP_NAME).unlink(missing_ok=True)
     except OSError as error:
@@ -129,11 +130,3 @@ def _open_packed(source: Path) -> Checkpoint:
 
 def _weight_bytes(checkpoint: Checkpoint) -> int:
     return sum(entry.extent.nbytes for entry in checkpoint.tensors.values())
-
-
-def _copy_index(source: Path, partial: Path, total_bytes: int) -> None:
-    """The index of several files, with the size that they have now."""
-    if (source / INDEX_NAME).exists():
-        index = json.loads((source / INDEX_NAME).read_bytes())
-        index["metadata"] = {"total_size": total_bytes}
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
