@@ -7,9 +7,9 @@ The same seed gives the same files. Values are drawn so that activations neither
 a picture means nothing, what it costs does.
 """
 
+import argparse
 import json
 import math
-import sys
 import zlib
 from pathlib import Path
 
@@ -63,10 +63,14 @@ def _values(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def main() -> None:
-    """Write the models that are named, or all."""
-    directory, *names = sys.argv[1:]
-    for name in names or MODELS:
-        path = Path(directory) / f"{name}.safetensors"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("models", nargs="*", metavar="model", help=f"of {', '.join(MODELS)}; else all of them")
+    options = parser.parse_args()
+    if unknown := set(options.models) - MODELS.keys():
+        parser.error(f"unknown model {', '.join(sorted(unknown))}; choose from {', '.join(MODELS)}")
+    for name in options.models or MODELS:
+        path = options.directory / f"{name}.safetensors"
         with torch.device("meta"):
             module = MODELS[name].build()
         write_weights(module, path)

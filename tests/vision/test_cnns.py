@@ -1,5 +1,6 @@
 """The CNNs of examples/vision: streamed as resident, large matrices by rows, pictures in and out."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +25,14 @@ def test_published_sizes(name):
     with torch.device("meta"):
         module = MODELS[name].build()
     assert round(sum(p.numel() for p in module.parameters()) * 4 / 2**20) == WEIGHT_MIB[name]
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2), (["out", "alexnet"], 2)])
+def test_weights_are_written_only_when_asked_for(tmp_path, arguments, code):
+    script = Path(write_weights.__code__.co_filename)
+    done = subprocess.run([sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == code
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", MODELS)
