@@ -130,6 +130,20 @@ def test_interrupt(endless):
     assert stderr == "interrupted\n"
 
 
+def test_interrupt_while_the_command_is_imported():
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from hermes.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_a_file_that_changes_while_running(copy, invoke, monkeypatch):
     from hermes.tasks.streaming import BatchStreamer
 

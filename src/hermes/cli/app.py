@@ -43,7 +43,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 
 
 def main() -> None:
-    """Entry point; ends the process.
+    """Run the command; ends the process.
 
     At once: with all output written and the exit handlers of what was imported meanwhile run, the interpreter would
     still take torch's and transformers' modules apart one by one, for half a second.
