@@ -20,6 +20,14 @@ def test_no_word_of_a_device_on_the_cpu():
     assert not any("device" in line for line in OUTCOME.summary())
 
 
+def test_ranges_of_rows_are_no_layers():
+    plan = {"granularity": "layer", "num_blocks": 194, "num_row_ranges": 168, "num_agents": 2, "ring_bytes": 40 * MIB}
+    line = replace(OUTCOME, plan=plan | {"resident_bytes": 0, "bound": "disk"}).summary()[0]
+    assert line.startswith("plan    layer, 194 blocks, 168 of them ranges of a matrix's rows; 2 agents, window 40 MiB")
+    whole = plan | {"num_blocks": 24, "num_row_ranges": 0, "resident_bytes": 0, "bound": "disk"}
+    assert replace(OUTCOME, plan=whole).summary()[0].startswith("plan    layer, 24 blocks; 2 agents")
+
+
 def test_what_a_device_had_to_hold():
     (line,) = [line for line in replace(OUTCOME, device=DEVICE).summary() if line.startswith("device")]
     assert line == (

@@ -70,15 +70,16 @@ def profile():
 
 
 def test_a_plan_shows_what_was_settled_and_what_it_costs():
-    shown = text(plan_table(make_plan(), num_passes=8, smallest_bytes=504 * MIB, measured=False))
+    shown = text(plan_table(make_plan(), num_passes=8, num_row_ranges=3, smallest_bytes=504 * MIB, measured=False))
     for figure in ("1.25 s", "900 ms", "7.5 s for 8 passes", "disk: 850 ms", "1.25 GiB", "3, 8 MiB a read", "half"):
         assert figure in shown
-    for figure in ("7 blocks", "584 MiB", "504 MiB", "estimated"):
+    for figure in ("half, 7 blocks, 3 of them ranges of a matrix's rows", "584 MiB", "504 MiB", "estimated"):
         assert figure in shown
 
 
 def test_one_pass_is_not_passes():
-    shown = text(plan_table(make_plan(sequential=True), num_passes=1, smallest_bytes=1, measured=True))
+    plan = make_plan(sequential=True)
+    shown = text(plan_table(plan, num_passes=1, num_row_ranges=0, smallest_bytes=1, measured=True))
     assert "for 1 pass\n" in shown.replace(" \n", "\n").replace("  ", "")
     assert "one at a time" in shown
     assert "estimated" not in shown

@@ -57,7 +57,7 @@ def run_streamed(name: str, module: Any, session: "Session", job: Job, *, quiet:
         stall_seconds=stats.stall_seconds,
         predicted_seconds=predicted_seconds,
         predicted_peak_bytes=plan.peak_bytes,
-        plan=plan_document(plan),
+        plan=plan_document(plan, session.prepared),
         peak_bytes=peak_resident_bytes(),
         device=None if session.target is None else session.target.document(),
     )

@@ -109,8 +109,8 @@ def plan(
         latency_against_budget(plans, plot, title=f"{prepared.source.name}, {prepared.dtype}: latency against budget")
     if json_file is not None:
         document = _document(prepared, smallest_bytes, measured=known.measured)
-        document |= {"plan": plan_document(settled)} if settled is not None else {}
-        document |= {"sweep": [plan_document(one) for one in plans]} if plans else {}
+        document |= {"plan": plan_document(settled, prepared)} if settled is not None else {}
+        document |= {"sweep": [plan_document(one, prepared) for one in plans]} if plans else {}
         write_json(document, json_file)
     if json_file != "-":
         _print(prepared, settled, plans, smallest_bytes, measured=known.measured)
@@ -118,10 +118,17 @@ def plan(
             print(f"plot: {plot}")
 
 
-def plan_document(plan: "Plan") -> dict[str, Any]:
-    """A plan for JSON: its fields, but how many blocks there are instead of which loads of each stay."""
+def plan_document(plan: "Plan", prepared: "Prepared") -> dict[str, Any]:
+    """A plan for JSON: its fields, but how many blocks there are instead of which loads of each stay.
+
+    Some of them are ranges of a matrix's rows, which stand alone at every granularity.
+    """
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("resident", "packed")}
-    return {**fields, "num_blocks": len(plan.resident)}
+    return {**fields, "num_blocks": len(plan.resident), "num_row_ranges": _num_row_ranges(prepared)}
+
+
+def _num_row_ranges(prepared: "Prepared") -> int:
+    return sum(unit.rows is not None for unit in prepared.partition.units)
 
 
 def write_json(document: dict[str, Any], target: str) -> None:
@@ -161,7 +168,15 @@ def _print(
     console.print(f"{prepared.source.name}: {weights} of weights in {prepared.dtype}", highlight=False)
     if settled is not None:
         passes = prepared.workload.num_passes
-        console.print(plan_table(settled, num_passes=passes, smallest_bytes=smallest_bytes, measured=measured))
+        console.print(
+            plan_table(
+                settled,
+                num_passes=passes,
+                num_row_ranges=_num_row_ranges(prepared),
+                smallest_bytes=smallest_bytes,
+                measured=measured,
+            )
+        )
         console.print(budget_table(settled))
     if plans:
         console.print(sweep_table(plans))

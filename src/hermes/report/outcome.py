@@ -7,7 +7,7 @@ from typing import Any
 
 from hermes.units import format_bytes, format_rate, format_seconds
 
-__all__ = ["Outcome", "seconds_per_pass"]
+__all__ = ["Outcome", "describe_blocks", "seconds_per_pass"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Outcome:
         lines = []
         if self.plan is not None:
             lines.append(
-                f"plan    {self.plan['num_blocks']} blocks ({self.plan['granularity']}), "
+                f"plan    {_blocks(self.plan)}; "
                 f"{self.plan['num_agents']} agents, window {format_bytes(self.plan['ring_bytes'])}, "
                 f"{format_bytes(self.plan['resident_bytes'])} resident; bound by {self.plan['bound']}"
             )
@@ -88,6 +88,10 @@ class Outcome:
         return [*lines, time]
 
 
+def _blocks(plan: dict[str, Any]) -> str:
+    return describe_blocks(plan["granularity"], plan["num_blocks"], plan["num_row_ranges"])
+
+
 def _device_line(device: dict[str, Any]) -> str:
     line = f"device  {device['name']}: peak {format_bytes(device['peak_bytes'])}"
     if device["budget_bytes"] is None:
@@ -96,6 +100,12 @@ def _device_line(device: dict[str, Any]) -> str:
         f"{line} of {format_bytes(device['budget_bytes'])}, {format_bytes(device['staying_bytes'])} of weights stay, "
         f"window {format_bytes(device['ring_bytes'])}; {format_bytes(device['pass_bytes'])} copied in each pass"
     )
+
+
+def describe_blocks(granularity: str, num_blocks: int, num_row_ranges: int) -> str:
+    """What a plan's blocks are: ranges of a matrix's rows are blocks of their own at every granularity."""
+    ranges = f", {num_row_ranges} of them ranges of a matrix's rows" if num_row_ranges else ""
+    return f"{granularity}, {num_blocks} blocks{ranges}"
 
 
 def seconds_per_pass(pass_seconds: Sequence[float]) -> float | None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from hermes.plan import Plan
 from hermes.profile import ComputeRecord, LinearFit, Profile, UnitRecord
+from hermes.report.outcome import describe_blocks
 from hermes.units import format_bytes, format_rate, format_seconds
 
 __all__ = [
@@ -48,8 +49,9 @@ def facts_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def plan_table(plan: Plan, *, num_passes: int, smallest_bytes: int, measured: bool) -> Table:
+def plan_table(plan: Plan, *, num_passes: int, num_row_ranges: int, smallest_bytes: int, measured: bool) -> Table:
     """What was settled and what it is predicted to cost; `num_passes` is the workload's."""
+    blocks = describe_blocks(plan.granularity, len(plan.resident), num_row_ranges)
     return facts_table(
         f"Plan for {format_bytes(plan.budget_bytes)}",
         [
@@ -59,7 +61,7 @@ def plan_table(plan: Plan, *, num_passes: int, smallest_bytes: int, measured: bo
             ("limited by", f"{plan.bound}: {format_seconds(plan.bound_seconds)} a pass at least"),
             ("read per pass", format_bytes(plan.pass_bytes)),
             ("agents", f"{plan.num_agents}, {format_bytes(plan.piece_bytes)} a read"),
-            ("granularity", f"{plan.granularity}, {len(plan.resident)} blocks" + ", one at a time" * plan.sequential),
+            ("granularity", blocks + ", one at a time" * plan.sequential),
             ("peak memory", format_bytes(plan.peak_bytes)),
             ("smallest budget", format_bytes(smallest_bytes)),
             ("costs", "measured" if measured else "estimated; `hermes profile` measures them"),
