@@ -1,19 +1,31 @@
 """Records as tables: every figure is there, the parts of a budget add up, and layers alike are one row."""
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console
 
 from hermes.plan import Plan
-from hermes.profile import BandwidthRecord, ComputeRecord, MachineRecord, Profile, UnitRecord
+from hermes.profile import (
+    BandwidthRecord,
+    ComputeRecord,
+    DelayModel,
+    LinearFit,
+    MachineRecord,
+    Profile,
+    UnitRecord,
+)
 from hermes.report.tables import (
     bandwidth_table,
     budget_table,
+    delay_facts,
     facts_table,
     fold_units,
     merge_blocks,
     plan_table,
     profile_table,
     sweep_table,
+    touch_fact,
 )
 
 MIB = 2**20
@@ -141,6 +153,21 @@ def test_bandwidths_by_agents_and_piece(profile):
     table = bandwidth_table(profile)
     assert list(table.columns[1].cells) == ["900 MB/s", ""]
     assert list(table.columns[2].cells) == ["1.10 GB/s", "1.80 GB/s"]
+
+
+def test_the_delay_model_claims_no_rate(profile):
+    t_in = LinearFit(coefficients={"nbytes": 1e-11, "depth": 5e-3}, constant=2e-5, r_squared=0.97, num_samples=219)
+    delays = DelayModel(t_in=t_in, t_ex=None, t_ex_flops=None, t_out=None)
+    assert delay_facts(replace(profile, delays=delays)) == [
+        ("t_in (loading)", "0.01 ms a MiB + 5 ms a unit + 0.02 ms a block; R^2 0.970 over 219 blocks")
+    ]
+
+
+def test_many_figures_are_summed_up():
+    assert touch_fact([0.9e-9, 2e-9, 4e-9]) == (
+        "touching memory first",
+        "500 MB/s; 250 MB/s to 1.11 GB/s over 3 steps of 64 MiB",
+    )
 
 
 def test_facts():

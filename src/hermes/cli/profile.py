@@ -11,7 +11,7 @@ import typer
 
 from hermes.cli.options import Batch, Dtype, Model, Revision, SequenceLength, Task, TrustRemoteCode
 from hermes.cli.plan import settle_workload
-from hermes.units import format_bytes, format_rate
+from hermes.units import format_bytes
 
 __all__ = ["profile"]
 
@@ -59,7 +59,7 @@ def profile(
         return
     from rich.console import Console
 
-    from hermes.report.tables import bandwidth_table, delay_facts, facts_table, profile_table
+    from hermes.report.tables import bandwidth_table, delay_facts, facts_table, profile_table, touch_fact
 
     machine = measured.machine
     console = Console()
@@ -71,10 +71,7 @@ def profile(
             [
                 ("processor", f"{machine.cpu}, {machine.num_cores} cores, {machine.num_threads} threads computing"),
                 ("floor", f"{format_bytes(measured.floor_bytes)} before any weight"),
-                (
-                    "touching memory first",
-                    ", ".join(format_rate(1 / max(seconds, 1e-12)) for seconds in measured.touch_seconds_per_byte),
-                ),
+                touch_fact(measured.touch_seconds_per_byte),
                 *delay_facts(measured),
                 ("pages read back", f"{measured.refaults_per_second:.0f} a second (refaults: the cap is too tight)"),
                 ("stored", str(path)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
-from hermes.plan import Plan
+from hermes.plan import TOUCH_STEP_BYTES, Plan
 from hermes.profile import ComputeRecord, LinearFit, Profile, UnitRecord
 from hermes.report.outcome import describe_blocks
 from hermes.units import format_bytes, format_rate, format_seconds
@@ -27,6 +27,7 @@ __all__ = [
     "plan_table",
     "profile_table",
     "sweep_table",
+    "touch_fact",
 ]
 
 
@@ -165,12 +166,24 @@ def delay_facts(profile: Profile) -> list[tuple[str, str]]:
 
 
 def _fit(fit: LinearFit) -> str:
-    rates = [
-        format_rate(1 / fit.coefficients["nbytes"]) if fit.coefficients.get("nbytes", 0) > 0 else "",
-        f"{_format_flops(1 / fit.coefficients['flops'])}FLOP/s" if fit.coefficients.get("flops", 0) > 0 else "",
-    ]
-    terms = ", ".join([*filter(None, rates), f"{fit.constant * 1e3:.2g} ms each"])
-    return f"{terms}; R^2 {fit.r_squared:.3f} over {fit.num_samples} blocks"
+    """Its terms, which only add up to something: a layer has more bytes and more units at once, so none is a rate."""
+    scales = {
+        "nbytes": (2**20, "MiB"),
+        "flops": (10**9, "GFLOP"),
+        "activation_bytes": (2**20, "MiB of activations"),
+        "depth": (1, "unit"),
+    }
+    terms = [(factor * scales[term][0], scales[term][1]) for term, factor in fit.coefficients.items()]
+    sums = " + ".join(f"{seconds * 1e3:.2g} ms a {what}" for seconds, what in [*terms, (fit.constant, "block")])
+    return f"{sums}; R^2 {fit.r_squared:.3f} over {fit.num_samples} blocks"
+
+
+def touch_fact(seconds_per_byte: Sequence[float]) -> tuple[str, str]:
+    """How fast memory is written to for the first time: the median, and how far the steps are apart."""
+    rates = [1 / max(seconds, 1e-12) for seconds in seconds_per_byte]
+    steps = f"{len(rates)} steps of {format_bytes(TOUCH_STEP_BYTES)}"
+    spread = f"{format_rate(min(rates))} to {format_rate(max(rates))} over {steps}"
+    return "touching memory first", f"{format_rate(statistics.median(rates))}; {spread}"
 
 
 def merge_blocks(units: Iterable[UnitRecord]) -> list[UnitRecord]:
