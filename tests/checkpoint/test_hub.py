@@ -57,6 +57,12 @@ def test_paths_that_do_not_exist(model, hub, tmp_path, monkeypatch):
     assert not hub.calls
 
 
+def test_a_weight_file_is_never_on_the_hub(tmp_path):
+    for model in ("net.safetensors", tmp_path / "net.pt"):
+        with pytest.raises(CheckpointError, match=r"; give the path of a weight file that exists$"):
+            resolve_model(model)
+
+
 def test_a_hub_id_is_downloaded_without_what_is_not_needed(hub, tmp_path):
     hub.files = ["config.json", "model.safetensors", "pytorch_model.bin", "README.md", "onnx/model.onnx", "odd[1].json"]
     assert resolve_model("org/name", revision="v1") == tmp_path

@@ -33,8 +33,9 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> Path:
     # Not the Path: to pathlib an empty name is the current directory.
     if os.path.exists(model):
         return path
-    is_hub_id = isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in _WEIGHT_SUFFIXES
-    if not is_hub_id:
+    if path.suffix in _WEIGHT_SUFFIXES:
+        raise CheckpointError(f"{model}: no such file or directory; give the path of a weight file that exists")
+    if not (isinstance(model, str) and _HUB_ID.fullmatch(model)):
         raise CheckpointError(f"{model}: no such file or directory; give a path that exists, or a Hub id like org/name")
     return _snapshot(str(model), revision)
 

@@ -31,6 +31,7 @@ WEIGHT_FILES = (
 )
 _INDEX_SUFFIX = ".index.json"
 _MAX_INDEX_BYTES = 100_000_000
+_AGAIN = "download or save it again"
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
@@ -65,7 +66,7 @@ def _weights_in(directory: Path) -> Path:
     found = f"{len(names)} *.safetensors files and no index" if names else "none of them"
     raise CheckpointError(
         f"{directory}: no weights: looked for {', '.join(WEIGHT_FILES)} or a single *.safetensors, found {found}; "
-        "give the weight file itself, or download the model again"
+        "give the weight file itself, or download or save the model again"
     )
 
 
@@ -133,7 +134,7 @@ def _open_shards(index: Path) -> Checkpoint:
     for number, shard in enumerate(shards):
         path = _shard_path(index, shard)
         if not os.path.exists(path):
-            raise CheckpointError(f"{path}: no such file, but {index.name} names it; download the model again")
+            raise CheckpointError(f"{path}: no such file, but {index.name} names it; download or save the model again")
         files.append(_stamp(path))
         found, packing, matrices = _read_tensors(path, number)
         if packing is not None:
@@ -149,7 +150,7 @@ def _open_shards(index: Path) -> Checkpoint:
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(
-                f"{_shard_path(index, shard)}: has no tensor {name!r}, but {index.name} says so; download both again"
+                f"{_shard_path(index, shard)}: has no tensor {name!r}, but {index.name} says so; {_AGAIN}"
             )
     return Checkpoint(files=tuple(files), tensors=tensors, packed=packed, quantized=quantized)
 
@@ -157,20 +158,20 @@ def _open_shards(index: Path) -> Checkpoint:
 def _weight_map(index: Path) -> Mapping[str, str]:
     """The index's table from tensor to shard. Raises CheckpointError."""
     if (nbytes := _stamp(index).nbytes) > _MAX_INDEX_BYTES:
-        raise CheckpointError(f"{index}: {nbytes} bytes, an index has at most {_MAX_INDEX_BYTES}; download it again")
+        raise CheckpointError(f"{index}: {nbytes} bytes, an index has at most {_MAX_INDEX_BYTES}; {_AGAIN}")
     try:
         table = json.loads(index.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         fault = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{index}: not valid JSON ({fault}); download it again") from error
+        raise CheckpointError(f"{index}: not valid JSON ({fault}); {_AGAIN}") from error
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map from tensors to shards; download it again")
+        raise CheckpointError(f"{index}: has no weight_map from tensors to shards; {_AGAIN}")
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise CheckpointError(f"{index}: weight_map gives no shard for {name!r}; download it again")
+            raise CheckpointError(f"{index}: weight_map gives no shard for {name!r}; {_AGAIN}")
     return weight_map
 
 
@@ -178,5 +179,5 @@ def _shard_path(index: Path, shard: str) -> Path:
     """The shard beside its index. An index may not reach out of its directory."""
     relative = PurePosixPath(shard)
     if relative.is_absolute() or ".." in relative.parts or not relative.parts or not shard.isprintable():
-        raise CheckpointError(f"{index}: shard {shard[:80]!r} is not inside the index's directory; download it again")
+        raise CheckpointError(f"{index}: shard {shard[:80]!r} is not inside the index's directory; {_AGAIN}")
     return index.parent / relative

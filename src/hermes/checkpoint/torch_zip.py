@@ -30,6 +30,7 @@ MAX_PICKLE_BYTES = 100_000_000
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 2**63 - 1
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
+_AGAIN = "download or save it again"
 _RESAVE = "load it with torch.load and save its state_dict again with torch.save"
 
 _STORAGES: Mapping[str, str] = {
@@ -107,7 +108,7 @@ def read_torch_zip(path: Path, file: int) -> dict[str, TensorEntry]:
             # Warning: pickletools gives one for a stray backslash, an exception where warnings are errors.
             except (ValueError, TypeError, IndexError, KeyError, Warning) as error:
                 fault = " ".join(str(error).split())[:120]
-                raise CheckpointError(f"{path}: data.pkl is corrupt ({fault}); download or save it again") from error
+                raise CheckpointError(f"{path}: data.pkl is corrupt ({fault}); {_AGAIN}") from error
             tensors = _state_dict(path, saved)
             return {name: _entry(archive, file, name, tensor) for name, tensor in tensors.items()}
     except OSError as error:
@@ -128,7 +129,7 @@ class _Archive:
                 infos = archive.infolist()
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, EOFError, struct.error) as error:
             fault = " ".join(str(error).split())[:120]
-            raise CheckpointError(f"{path}: not a whole zip archive ({fault}); download it again") from error
+            raise CheckpointError(f"{path}: not a whole zip archive ({fault}); {_AGAIN}") from error
         # The directory is at the end, behind every record.
         last = max((info.header_offset for info in infos), default=0)
         forget(stream.fileno(), last, self._file_bytes - last)
@@ -161,13 +162,13 @@ class _Archive:
     def _locate(self, name: str) -> tuple[int, int]:
         info = self._records.get(name)
         if info is None:
-            raise CheckpointError(f"{self.path}: record {name!r} is missing from the archive; download it again")
+            raise CheckpointError(f"{self.path}: record {name!r} is missing from the archive; {_AGAIN}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise CheckpointError(f"{self.path}: record {name!r} is compressed or encrypted; {_RESAVE}")
         header = self._pread(info.header_offset, 30) if 0 <= info.header_offset < self._file_bytes else b""
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise CheckpointError(
-                f"{self.path}: no record starts at byte {info.header_offset}, where {name!r} should; download it again"
+                f"{self.path}: no record starts at byte {info.header_offset}, where {name!r} should; {_AGAIN}"
             )
         # The local name and padding may be longer than the directory's: torch aligns data with them.
         name_bytes, extra_bytes = struct.unpack_from("<HH", header, 26)
@@ -175,7 +176,7 @@ class _Archive:
         if offset + info.file_size > self._file_bytes:
             raise CheckpointError(
                 f"{self.path}: record {name!r} ends at byte {offset + info.file_size}, the file at "
-                f"{self._file_bytes}: truncated; download it again"
+                f"{self._file_bytes}: truncated; {_AGAIN}"
             )
         return offset, info.file_size
 
