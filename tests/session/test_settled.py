@@ -54,6 +54,27 @@ def test_a_pass_wants_nothing_and_gives_up_what_it_must(checkpoint, monkeypatch)
             assert torch.equal(model(ids).last_hidden_state, expected)
 
 
+def test_weights_that_go_back_while_all_are_bound(checkpoint, monkeypatch):
+    """After it was asked whether all stay, and before it was asked where they lie."""
+    ids = torch.arange(3, 60)[None]
+    expected = hf.BertModel.from_pretrained(checkpoint).eval()(ids).last_hidden_state
+    with hermes.load(checkpoint, budget=resident_bytes() + 400 * 2**20) as model, torch.inference_mode():
+        engine = model.hermes.engine
+        places = engine.places
+
+        def squeezed(block):
+            if engine.is_settled:
+                thread = threading.Thread(target=engine.take, args=(engine.ledger.free_bytes + 2**20,))
+                thread.start()
+                thread.join()
+            return places(block)
+
+        monkeypatch.setattr(engine, "places", squeezed)
+        for _ in range(4):
+            assert torch.equal(model(ids).last_hidden_state, expected)
+        assert engine.stats.evicted_bytes
+
+
 def test_tokens_of_a_model_that_is_all_in_memory_read_nothing(tmp_path):
     torch.manual_seed(0)
     hf.GPT2LMHeadModel(

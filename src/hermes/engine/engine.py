@@ -255,8 +255,9 @@ class Engine:
         return block in self._staying  # still: `_before_evicting` ends that first, and looks at what is held then
 
     def places(self, block: int) -> tuple[Place, ...]:
-        """Where the loads of a block lie that stays."""
-        return tuple(self._holdings.residents.place(block, number) for number in range(len(self._blocks[block])))
+        """Where the loads of a block lie that stays, or stayed when that was last asked: what is there, `hold` says."""
+        with self._lock:
+            return tuple(self._holdings.residents.place(block, number) for number in range(len(self._blocks[block])))
 
     def begin_pass(self, heap_bytes: int = 0) -> None:
         """A sweep over the blocks begins, which takes so many bytes besides weights.

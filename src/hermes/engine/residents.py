@@ -69,8 +69,9 @@ class Residents:
         return self._slots[block, number]
 
     def place(self, block: int, number: int) -> Place:
-        """Where a load's bytes lie."""
-        return Place(resident=True, offset=self._slots[block, number] + self._blocks[block][number].data_offset)
+        """Where a load's bytes lie, or lay and would lie again: it is always the same place."""
+        offset = self._slots[block, number] if (block, number) in self._slots else self._spare[block, number]
+        return Place(resident=True, offset=offset + self._blocks[block][number].data_offset)
 
     def evict(self, nbytes: int, pipeline: Pipeline, give_back: Callable[[int, int], None], *, at_once: bool) -> int:
         """Give loads back, from the block that keeps most, until `nbytes` are free; the bytes that are, or will be.
