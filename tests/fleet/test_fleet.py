@@ -305,3 +305,47 @@ def test_a_request_that_outgrows_the_budget_is_ended_and_the_model_goes_on(nets,
             assert ended.value.minimum_bytes > fleet.budget_bytes
         assert answers(fleet, nets, "small")
         assert fleet.report().models["small"].failure is None
+
+
+def test_a_callback_does_not_wait_for_itself(nets):
+    """It runs on the thread that computes, for which each of these would wait."""
+    refused = []
+
+    def change(future):
+        for act in (fleet.close, fleet.start, lambda: fleet.remove("small")):
+            try:
+                act()
+            except hermes.InputError as error:
+                refused.append(str(error))
+
+    with fleet_of(nets, ["small"], spare_bytes=28 * MIB) as fleet:
+        gate = threading.Event()
+        future = fleet.call("small", lambda module: gate.wait(60))
+        future.add_done_callback(change)
+        gate.set()
+        assert answers(fleet, nets, "small")
+        assert len(refused) == 3
+        assert "another thread" in refused[0]
+
+
+def test_a_request_of_a_callback_while_the_fleet_closes_is_refused(nets):
+    refused = []
+
+    def again(future):
+        try:
+            fleet.submit("small", PIXELS)
+        except hermes.InputError as error:
+            refused.append(str(error))
+
+    fleet = fleet_of(nets, ["small"], spare_bytes=28 * MIB)
+    gate = threading.Event()
+    future = fleet.call("small", lambda module: gate.wait(60))
+    future.add_done_callback(again)
+    closing = threading.Thread(target=fleet.close, daemon=True)
+    closing.start()
+    while not fleet._closed:
+        time.sleep(0.001)
+    gate.set()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert refused == ["the fleet is closed; make a new one"]

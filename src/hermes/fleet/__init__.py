@@ -1,7 +1,6 @@
 """Several models under one budget (SwapNet, Wang et al. 2024): one ledger, a quota and an engine for each.
 
-Decisions are pure (`schedule`, `quota`, `plan`, `predict`); `lanes`, `turns`, `disk`, `worker` and `shares` carry them
-out.
+Decisions are pure (`schedule`, `quota`, `plan`, `predict`); `lanes`, `turns`, `worker` and `shares` carry them out.
 """
 
 from hermes.fleet.blocks import Blocks

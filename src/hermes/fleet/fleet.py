@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +110,7 @@ class Fleet:
         self._shares = Shares(MARGIN_BYTES, self._turns, elastic=elastic and self.device == HOST)
         self._agents: LoadingAgents | None = None
         self._floor_bytes = 0  # when it began to run
-        self._changing = threading.RLock()  # one add, remove or start at a time
+        self._changing = threading.RLock()
         self._closed = False
 
     # ------------------------------------------------------------------ who is in it
@@ -156,7 +156,7 @@ class Fleet:
             BudgetError: not even the smallest windows fit; the fleet stays as it was.
             CheckpointError, ModelError, ReadError: as they say; likewise.
         """
-        with self._changing:
+        with self._change():
             self._check_new(name, model, importance, deadline_seconds, resident_bytes)
             prepared, call = prepare_newcomer(
                 name,
@@ -201,7 +201,7 @@ class Fleet:
 
     def remove(self, name: str) -> None:
         """Let a model go once its requests are answered; its bytes go to the others. Raises InputError."""
-        with self._changing:
+        with self._change():
             gone = self._member(name)
             rest = {other: member for other, member in self._members.items() if other != name}
             if self._plan is not None:
@@ -219,7 +219,7 @@ class Fleet:
 
         Raises BudgetError, with the smallest budget that works. Blocking until small weights are read.
         """
-        with self._changing:
+        with self._change():
             if self._closed:
                 raise InputError("the fleet is closed; make a new one")
             if self._plan is None:
@@ -243,9 +243,12 @@ class Fleet:
     ) -> "Future[Any]":
         """The same for any use of a model, as `lambda model: model.generate(...)`.
 
-        It runs on the one thread that computes for all models: it must not wait for another request of this fleet.
+        It runs on the one thread that computes for all models, and so do callbacks of the future: neither may wait for
+        another request of this fleet, nor change it.
         """
-        if self._plan is None or self._closed:
+        if self._closed:
+            raise InputError("the fleet is closed; make a new one")
+        if self._plan is None:
             self.start()
         member = self._member(name)
         own = member.candidate.deadline_seconds
@@ -276,7 +279,7 @@ class Fleet:
 
     def close(self) -> None:
         """End all: requests under way are answered, those that wait are cancelled. Idempotent."""
-        with self._changing:
+        with self._change():
             self._closed = True
             self._shares.close()
             waiting = self._turns.close()
@@ -295,6 +298,14 @@ class Fleet:
         self.close()
 
     # ------------------------------------------------------------------ how
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """One at a time, and by nobody who would wait for himself."""
+        if self._lanes.is_own_thread:
+            raise InputError("a request or its callback cannot change its own fleet; do so from another thread")
+        with self._changing:
+            yield
 
     def _member(self, name: str) -> _Member:
         member = self._members.get(name)

@@ -41,6 +41,11 @@ class Lanes:
             self._thread.join()
             self._thread = None
 
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether it is the thread that asks."""
+        return threading.current_thread() is self._thread
+
     def go(self, name: str, call: Callable[[], None]) -> None:
         """Let the thread go on with what is under way under this name, or begin `call`, which must not raise.
 
