@@ -1,7 +1,10 @@
 """Requests of one model: cancelled, raising what they like, submitted while it goes; no thread is lost to them."""
 
+import gc
 import sys
 import threading
+import time
+import weakref
 from concurrent.futures import CancelledError, Future, wait
 from types import SimpleNamespace
 
@@ -199,3 +202,37 @@ def test_bytes_that_closed_engines_have_read_are_counted(running):
     running.worker.pause()
     running.worker.session = SimpleNamespace(stats=SimpleNamespace(bytes_read=20))
     assert running.worker.bytes_read == 120
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_a_request_stays_once_it_is_answered(running, fails):
+    class Input:
+        pass
+
+    def ask():
+        given = Input()
+
+        def call(module, given=given):
+            if fails:
+                raise ValueError(given)
+
+        future = running.ask(call)
+        future.exception(SECONDS)
+        return weakref.ref(given)
+
+    left = ask()
+    until = time.monotonic() + SECONDS
+    while left() is not None and time.monotonic() < until:
+        gc.collect()
+    assert left() is None
+
+
+def test_an_error_that_is_its_own_cause_is_an_answer_like_any_other(running):
+    def call(module):
+        error = ValueError("round and round")
+        error.__cause__ = cause = ValueError("and round")
+        cause.__cause__ = error
+        raise error
+
+    assert "round" in str(running.ask(call).exception(SECONDS))
+    assert running.ask().result(SECONDS) == "module"

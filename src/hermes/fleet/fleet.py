@@ -190,7 +190,7 @@ class Fleet:
                     late_bytes=0 if was is None else SKELETON_BYTES_PER_MODULE * len(list(prepared.module.modules())),
                 )
                 if was is None:
-                    self._members[name] = member
+                    self._members = {**self._members, name: member}
                 else:
                     self._settle({**self._members, name: member})
             except BaseException:

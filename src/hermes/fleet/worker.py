@@ -162,10 +162,12 @@ class Worker:
             raise copy.copy(request.ended_by)
 
     def _learn_from(self, raised: BaseException) -> None:
-        """Whether the model can go on after what a request has raised."""
+        """Let go of what it holds; and of the engine, where that is what has failed."""
+        chain: list[BaseException] = []
         error: BaseException | None = raised
-        while error is not None:
+        while error is not None and error not in chain:
             traceback.clear_frames(error.__traceback__)  # whose locals may be views of weights
+            chain.append(error)
             error = error.__cause__ or error.__context__
         if self.session is not None and (failure := _failure(raised, self.session)) is not None:
             self.failure = copy.copy(failure)
