@@ -177,14 +177,21 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
 
 def test_a_header_cut_off_by_a_kill_is_written_again(tmp_path):
     output = tmp_path / "out.jsonl"
-    with Journal(output, {}):
-        pass
     partial = tmp_path / "out.jsonl.partial"
-    header = partial.read_bytes()
-    partial.write_bytes(header[:20])
+    with Journal(output, {}) as journal:
+        journal.add([(0, {})])
+        content = partial.read_bytes()
+    partial.write_bytes(content[:20])
     with Journal(output, {}) as journal:
         assert not journal.done
-    assert partial.read_bytes() == header
+        journal.add([(0, {})])
+    assert partial.read_bytes() == content
+
+
+def test_a_refused_run_leaves_nothing(gpt2, texts, tmp_path, invoke):
+    refused = invoke(gpt2, "--budget", "1MiB", "--input", texts, "--output", tmp_path / "out.jsonl")
+    assert refused.returncode == 2
+    assert list(tmp_path.iterdir()) == [texts]
 
 
 def test_one_run_at_a_time_is_at_an_output(tmp_path):

@@ -120,7 +120,9 @@ class Journal:
             self._file = self._path.open("a+b")
             try:
                 lock(self._file.fileno(), self._path)
-                self._check_output()  # another process may have finished between
+                self._check_output()  # another process may have ended between
+                if os.fstat(self._file.fileno()).st_nlink == 0:
+                    raise InputError(f"{self._path} was just removed by another process; run this again")
                 self._resume(header.encode())
             except BaseException:
                 self._file.close()
@@ -188,4 +190,6 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._places:  # refused before the first batch: nothing to go on from
+            self._path.unlink(missing_ok=True)
         self._file.close()
