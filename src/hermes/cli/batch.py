@@ -52,7 +52,8 @@ class BatchOutcome:
         done = self.records - self.resumed
         earlier = f" ({self.resumed} were there)" if self.resumed else ""
         return (
-            f"{done} records{earlier} in {format_seconds(self.seconds)}, {self.sweeps} sweeps, "
+            f"{done} {'record' if done == 1 else 'records'}{earlier} in {format_seconds(self.seconds)}, "
+            f"{self.sweeps} {'sweep' if self.sweeps == 1 else 'sweeps'}, "
             f"{self.tokens / max(self.seconds, 1e-9):.0f} tokens a second, peak {format_bytes(self.peak_bytes)}: "
             f"{self.output}"
         )
