@@ -32,6 +32,8 @@ __all__ = [
 SEQUENCE_LENGTH = 128
 """Tokens that are planned and profiled for where --seq does not say."""
 
+MAX_AGENTS = 256
+"""Threads; more reads in flight than any disk's queue makes faster."""
 
 Model = Annotated[str, typer.Argument(help="Directory in Hugging Face layout, or Hub id.")]
 Budget = Annotated[str | None, typer.Option(help="Memory of the whole process, as 700MiB or 1.5GiB.")]
@@ -41,7 +43,7 @@ SequenceLength = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as stored.")]
 ProfileFile = Annotated[Path | None, typer.Option(help="Profile to plan with; else the stored one.")]
-Agents = Annotated[int | None, typer.Option(min=1, help="Loading Agents; else the planner's choice.")]
+Agents = Annotated[int | None, typer.Option(min=1, max=MAX_AGENTS, help="Loading Agents; else the planner's choice.")]
 Granularity = Annotated[str | None, typer.Option(help="leaf, joined, half or layer; else the planner's choice.")]
 ResidentBytes = Annotated[
     str | None, typer.Option(help="Weights kept between passes; 0 streams every block; else all that fit.")
