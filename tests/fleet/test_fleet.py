@@ -241,21 +241,41 @@ def test_a_fleet_that_makes_room_in_vain_stays_as_it_was(nets, monkeypatch):
         assert answers(fleet, nets, "large")
 
 
-def test_requests_go_on_where_engines_cannot_start_anew(nets, monkeypatch):
-    """And what made the change fail is said, not what made going back fail."""
+def test_the_next_request_starts_engines_that_could_not_go_on(nets, monkeypatch):
+    """And what made a change fail is said, not what made going back fail."""
 
     def fail(*args, **kwargs):
+        raise hermes.EngineError("at first")
+
+    def fail_again(*args, **kwargs):
         raise hermes.EngineError("again")
 
     with fleet_of(nets, ["small"], spare_bytes=28 * MIB) as fleet:
         fleet.start()
         with monkeypatch.context() as patch:
             patch.setattr("hermes.fleet.fleet.measure_candidate", fail)
-            patch.setattr(fleet._shares, "settle", fail)
-            with pytest.raises(hermes.EngineError, match="again"):
+            patch.setattr(fleet._shares, "settle", fail_again)
+            with pytest.raises(hermes.EngineError, match="at first"):
                 fleet.add("other", skeleton("other"), nets["other"][1], example_args=(PIXELS,))
-        assert isinstance(fleet.submit("small", PIXELS).exception(60), hermes.EngineError)
+            with pytest.raises(hermes.EngineError, match="again"):
+                fleet.submit("small", PIXELS)
+        assert answers(fleet, nets, "small")
+
+
+def test_a_newcomer_that_fails_after_it_has_joined_can_come_again(nets, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with fleet_of(nets, ["small"], spare_bytes=28 * MIB) as fleet:
+        fleet.start()
+        real = fleet._turns.join
+        with monkeypatch.context() as patch:
+            patch.setattr(fleet._turns, "join", lambda *args: (real(*args), interrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                fleet.add("other", skeleton("other"), nets["other"][1], example_args=(PIXELS,))
+        assert answers(fleet, nets, "small")
         fleet.add("other", skeleton("other"), nets["other"][1], example_args=(PIXELS,))
+        assert answers(fleet, nets, "other")
         assert answers(fleet, nets, "small")
 
 

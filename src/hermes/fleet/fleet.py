@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from hermes.errors import BudgetError, HermesError, InputError
 from hermes.fleet.lanes import Lanes, drop_kernel_threads
 from hermes.fleet.measuring import SLACK_BYTES, measure_candidate, measuring_bytes
 from hermes.fleet.members import Candidate
-from hermes.fleet.newcomer import have_parts_in_common, prepare_newcomer
+from hermes.fleet.newcomer import have_parts_in_common, prepare_newcomer, skeleton_bytes
 from hermes.fleet.plan import FleetPlan, plan_fleet
 from hermes.fleet.report import FleetReport, ModelReport, make_report
 from hermes.fleet.schedule import POLICIES, Policy
@@ -40,7 +40,6 @@ __all__ = ["Fleet", "FleetReport", "ModelReport"]
 
 MATRIX_BYTES = 16 * 2**20
 """Larger matrices are computed by ranges of rows, or no quota below twice their size would do."""
-SKELETON_BYTES_PER_MODULE = 16 * 2**10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +186,7 @@ class Fleet:
                     candidate=candidate,
                     worker=Worker(name, prepared, self._turns),
                     code=code_in_use() if prepared.known is None else prepared.known.code,
-                    late_bytes=0 if was is None else SKELETON_BYTES_PER_MODULE * len(list(prepared.module.modules())),
+                    late_bytes=0 if was is None else skeleton_bytes(prepared),
                 )
                 if was is None:
                     self._members = {**self._members, name: member}
@@ -204,7 +203,7 @@ class Fleet:
         with self._change():
             gone = self._member(name)
             rest = {other: member for other, member in self._members.items() if other != name}
-            if self._plan is not None:
+            if name in self._turns.models:
                 self._turns.leave(name)
                 gone.worker.pause()
                 self._shares.let_go(name)
@@ -226,7 +225,7 @@ class Fleet:
                 if not self._members:
                     raise InputError("the fleet has no models; add some first")
                 self._floor_bytes = self._measure_floor()
-                self._settle(self._members)
+                self._settle({name: replace(member, late_bytes=0) for name, member in self._members.items()})
             return self.plan
 
     # ------------------------------------------------------------------ what it does
@@ -273,8 +272,8 @@ class Fleet:
 
     def report(self) -> FleetReport:
         """What was measured so far, beside what was predicted for as many requests of each model."""
-        plan, members = self.plan, self._members
-        workers = {name: member.worker for name, member in members.items() if name in plan.plans}
+        plan = self.plan
+        workers = {name: member.worker for name, member in self._members.items() if name in plan.plans}
         return make_report(plan, workers, peak_resident_bytes())
 
     def close(self) -> None:
@@ -301,8 +300,7 @@ class Fleet:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[None]:
-        """One at a time, and by nobody who would wait for himself."""
-        if self._lanes.is_own_thread:
+        if self._lanes.is_own_thread:  # it would wait for itself
             raise InputError("a request or its callback cannot change its own fleet; do so from another thread")
         with self._changing:
             yield
@@ -376,7 +374,6 @@ class Fleet:
             agents = self._have_agents(plan.num_agents)
             for name, worker in workers.items():
                 worker.start(plan.plans[name], shares.grant(name, plan.quotas[name]), agents)
-            for name, worker in workers.items():
                 if name not in turns.models:
                     turns.join(name, plan.members[name].patience_seconds, worker.serve)
             self._members, self._plan = dict(members), plan
@@ -385,8 +382,11 @@ class Fleet:
             drop_kernel_threads()
             self._lanes.open()
         except BaseException:
+            self._plan = None  # the next request starts them
             for worker in workers.values():
                 worker.pause()
+            for name in turns.models - self._members.keys():
+                turns.leave(name)
             raise
         finally:
             turns.resume(plan.policy, plan.max_active)

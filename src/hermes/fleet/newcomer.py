@@ -11,7 +11,9 @@ from hermes.errors import InputError
 from hermes.model.inputs import example_inputs, moved
 from hermes.session import Prepared, Workload, prepare_model, prepare_module
 
-__all__ = ["have_parts_in_common", "prepare_newcomer"]
+__all__ = ["have_parts_in_common", "prepare_newcomer", "skeleton_bytes"]
+
+SKELETON_BYTES_PER_MODULE = 16 * 2**10
 
 
 def prepare_newcomer(
@@ -46,6 +48,11 @@ def prepare_newcomer(
         )
     args, kwargs = moved((example_args, inputs), device)
     return prepared, lambda module: module(*args, **kwargs)
+
+
+def skeleton_bytes(prepared: Prepared) -> int:
+    """About what the model takes without its weights."""
+    return SKELETON_BYTES_PER_MODULE * sum(1 for _ in prepared.module.modules())
 
 
 def have_parts_in_common(one: nn.Module, other: nn.Module) -> bool:

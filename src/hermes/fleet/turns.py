@@ -3,7 +3,7 @@
 import functools
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Set
 from typing import Any
 
 from hermes.engine import Engine
@@ -65,7 +65,7 @@ class Turns:
         self._keeper: str | None = None  # whose turns all are until the next event
 
     @property
-    def models(self) -> Collection[str]:
+    def models(self) -> Set[str]:
         """Who has joined, and not left."""
         return self._serve.keys()
 
