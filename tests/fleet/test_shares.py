@@ -82,4 +82,7 @@ def test_the_request_that_computes_pays_and_only_where_nothing_else_is_left(worl
         worker.session = SimpleNamespace(engine=SimpleNamespace(resize=lambda nbytes: nbytes), name=name)
     assert look(180) is None
     assert min(world.shares.quotas.values()) == 10  # given back instead
+    world.shares.ledger.reserve("measuring", 1)
+    assert look(91) is None  # the newcomer pays
+    world.shares.ledger.reserve("measuring", 0)
     assert isinstance(look(91), BudgetError)

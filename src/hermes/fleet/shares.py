@@ -172,7 +172,8 @@ class Shares:
     def _relieve(self, faults_per_second: float) -> None:
         """Where the process outgrows its budget, or thrashes, the model that could spare most gives bytes back.
 
-        Where all that could be spared is not enough, the request that computes is ended, as a single model's is.
+        Where all that could be spared is not enough, the request that computes is ended, as a single model's is; but
+        not while a newcomer is measured, which ends itself (`measure_calls`).
         """
         # Before memory is looked at, or the next request might pay for this one.
         running = self._workers.get(self._turns.running or "")
@@ -190,7 +191,8 @@ class Shares:
             if worker.session is not None
         }
         missing = needed - sum(nbytes for nbytes in spare.values() if nbytes > 0) - self.ledger.budget_bytes
-        if missing > 0 and running is not None and request is not None:
+        is_measuring = self.ledger.accounts.get("measuring", 0) > 0
+        if missing > 0 and running is not None and request is not None and not is_measuring:
             request.ended_by = _outgrown(running.name, needed, self.ledger.budget_bytes, missing + self._margin_bytes)
         name = max(spare, key=lambda name: spare[name], default=None)
         if name is not None and spare[name] > 0:
