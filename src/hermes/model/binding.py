@@ -150,7 +150,7 @@ class Binding:
             embedding, weight = cast(nn.Embedding, modules[name]), weight_of(name)
             table = RowTable(embedding, weight, factory, source.fetch, tied.get(factory.canonical(weight)))
             self._replace(embedding, self._lookup_in(table))
-        self._watch()
+        self._watch(self._adopt)
         self._replace(module, self._pass_forward(module))
 
     def start(self) -> None:
@@ -183,19 +183,19 @@ class Binding:
         Placeholders stay behind that refuse to be computed with.
         """
         self._leave()
-        self._watch()
+        self._watch(_refuse)
         for module, own in reversed(self._forwards):
             module.__dict__.pop("forward")
             if own is not None:
                 module.__dict__["forward"] = own
         self._forwards = []
         self._ring = self._store = None
-        # The placeholders know this binding, and the live tensors of its blocks the engine's memory.
+        # Older placeholders know this binding, and the live tensors of its blocks the engine's memory.
         self._blocks, self._pinned = (), Block(name="pinned", loads=(), bound=())
 
-    def _watch(self) -> None:
+    def _watch(self, adopt: Callable[[str], torch.Tensor]) -> None:
         for home in self._factory.homes:
-            home.watch(self._adopt, self._device)
+            home.watch(adopt, self._device)
 
     def _leave(self) -> None:
         held = range(len(self._blocks)) if self._is_all_bound else () if self._current is None else (self._current,)
@@ -227,7 +227,7 @@ class Binding:
     def _adopt(self, name: str) -> torch.Tensor:
         """Keep for good a weight that is used outside its own module's time. Raises EngineError once closed."""
         if self._ring is None:
-            raise EngineError(f"{name}: the model is closed; load it again")
+            return _refuse(name)
         block = self._factory.pinned([name])
         arena = self._source.take(sum(load.slot_bytes for load in block.loads))
         slot, places, wanted = 0, [], []
@@ -395,6 +395,10 @@ class Binding:
             return table.embed(input.to(HOST)).to(self._device)
 
         return forward
+
+
+def _refuse(name: str) -> torch.Tensor:
+    raise EngineError(f"{name}: the model is closed; load it again")
 
 
 def _storage(memory: Memory) -> torch.UntypedStorage:

@@ -263,8 +263,10 @@ def attach(module: nn.Module, session: Session) -> nn.Module:
                 )
         return self
 
+    source = session.prepared.source
+
     def refuse(self: Any, *_: Any, **__: Any) -> Any:
-        raise InputError(f"a streamed model holds no weights to copy or save; they are in {session.prepared.source}")
+        raise InputError(f"a streamed model holds no weights to copy or save; they are in {source}")
 
     cls = type(module)
     namespace: dict[str, Any] = {
