@@ -1,5 +1,7 @@
 """How a command ends: every error becomes one line on standard error and an exit code, in this place alone.
 
+But for a Ctrl-C before this module is there, which `hermes.__main__` ends alike.
+
 2 for what Hermes raises on purpose and for what the system refuses, 130 for Ctrl-C, 1 when the reader of our output has
 gone. Anything else is a bug and keeps its traceback. Wrong options are typer's own (2).
 """
