@@ -1,6 +1,7 @@
 """`hermes pack --quantize` and `hermes bench MODEL` as a user types them, each in a process of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,4 +65,7 @@ def test_refusals(root, tmp_path):
     assert "give OUT" in refusal("pack", root / "llama", "--quantize", "int8")
     assert "is not quantised" in refusal("bench", root / "llama")
     assert "for a quantised MODEL" in refusal("bench", "--against", root / "llama")
+    broken = shutil.copytree(root / "llama", tmp_path / "broken")
+    (broken / "config.json").write_text("[" * 200_000)
+    assert "config.json: cannot be read as JSON" in refusal("pack", broken, out, "--quantize", "int8")
     assert not out.exists()

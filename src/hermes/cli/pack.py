@@ -18,6 +18,7 @@ from hermes.checkpoint.unpack import verify as verify_model
 from hermes.errors import InputError
 from hermes.report.deviation import weight_error
 from hermes.report.progress import byte_progress
+from hermes.tasks.detect import read_config
 from hermes.units import format_bytes, format_seconds
 
 __all__ = ["pack", "unpack"]
@@ -73,6 +74,7 @@ def _quantize(source: Path, out: Path | None, scheme: str, *, verify: bool) -> N
     start = time.perf_counter()
     if open_checkpoint(source).quantized:
         raise InputError(f"{source} is quantised already; give the model that it was made from")
+    read_config(source)  # a broken one is said at once
     from hermes.checkpoint.quantize import quantize
     from hermes.session.quantizable import find_quantizable
 
