@@ -76,11 +76,12 @@ def test_a_draft_that_is_no_decoder_is_refused(tiny):
 
 
 def test_only_whole_blocks_must_not_be_missing(tiny):
-    model = AutoModelForCausalLM.from_pretrained(tiny("tiny-gpt2"), dtype="auto")
-    check_blocks(model, ["lm_head.weight", "transformer.h.1.attn.c_attn.bias", "transformer.ln_f.weight"])
+    directory = tiny("tiny-gpt2")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    check_blocks(directory, model, ["lm_head.weight", "transformer.h.1.attn.c_attn.bias", "transformer.ln_f.weight"])
     block = [f"transformer.h.1.{name}" for name, _ in model.transformer.h[1].named_parameters()]
     with pytest.raises(ModelError, match=f"lack {len(block)} parameters"):
-        check_blocks(model, block)
+        check_blocks(directory, model, block)
 
 
 def test_a_batch_says_what_each_prompt_alone_says(tiny):

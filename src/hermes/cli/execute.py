@@ -4,7 +4,7 @@ Both kinds are timed alike: from the first call of the model to its last output,
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from hermes.errors import HermesError, ModelError
 from hermes.memory.probe import peak_resident_bytes, process_read_bytes
 
 if TYPE_CHECKING:
-    from hermes.model.mapping import WeightMap
     from hermes.report.outcome import Outcome
     from hermes.session import Session
 
@@ -111,18 +110,18 @@ def open_streamed(directory: Path, task: str, **options: Any) -> tuple[Any, "Ses
 
     prepared, session = open_session(directory, task=task, **options)
     try:
-        _check_weights(prepared.module, task, prepared.weights)
+        _check_weights(directory, task, prepared.module, prepared.weights.missing)
     except ModelError:
         session.close()
         raise
     return prepared.module, session
 
 
-def _check_weights(module: Any, task: str, weights: "WeightMap") -> None:
+def _check_weights(directory: Path, task: str, module: Any, missing: Collection[str]) -> None:
     from hermes.tasks.text_generation import check_blocks
 
     if task in ("text-generation", "text2text-generation"):
-        check_blocks(module, weights.missing)
+        check_blocks(directory, module, missing)
 
 
 def load_resident(directory: Path, task: str, dtype: str | None, trust_remote_code: bool) -> Any:
@@ -150,16 +149,22 @@ def load_resident(directory: Path, task: str, dtype: str | None, trust_remote_co
         if checkpoint.packed or checkpoint.quantized:
             load: Any = load_quantized if checkpoint.quantized else load_packed
             loaded = load(auto_class, directory, checkpoint, dtype=settled, trust_remote_code=trust_remote_code)
+            missing = map_weights(loaded, checkpoint).missing
         else:
-            loaded = auto_class.from_pretrained(
-                str(directory), dtype=settled or "auto", trust_remote_code=trust_remote_code, local_files_only=True
+            loaded, report = auto_class.from_pretrained(
+                str(directory),
+                dtype=settled or "auto",
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
             )
+            missing = report["missing_keys"]
     except HermesError:
         raise
     # Everything: transformers has no error of its own for what does not fit.
     except Exception as error:
         raise ModelError(f"{directory}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
-    _check_weights(loaded, task, map_weights(loaded, checkpoint))
+    _check_weights(directory, task, loaded, missing)
     return loaded.eval()
 
 

@@ -203,9 +203,7 @@ def run(
 def _check_resident(**options: object) -> None:
     """Those of the engine, which plain transformers would pass over without a word."""
     if given := [name for name, value in options.items() if value is not None]:
-        raise InputError(
-            f"--resident holds all weights in memory, {_spelt(given)} is for streaming; leave out one of them"
-        )
+        raise InputError(f"--resident holds all weights in memory; leave out {_spelt(given)}, for streaming alone")
 
 
 def _budget(budget: str | None, *, resident: bool) -> int | None:

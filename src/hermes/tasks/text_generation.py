@@ -83,7 +83,7 @@ def check_context(config: Mapping[str, Any], *, prompt_tokens: int, max_new_toke
         )
 
 
-def check_blocks(model: Any, missing: Collection[str]) -> None:
+def check_blocks(directory: Path, model: Any, missing: Collection[str]) -> None:
     """Raise ModelError if all parameters of some block are `missing`: what it made of random ones would be noise.
 
     A block is a submodule with a number. A head that is tied, or new, is none.
@@ -96,7 +96,7 @@ def check_blocks(model: Any, missing: Collection[str]) -> None:
     if lost := [name for names in blocks.values() if absent.issuperset(names) for name in names]:
         more = ", ..." if len(lost) > _NUM_NAMED else ""
         raise ModelError(
-            f"{model.name_or_path}: its weights lack {len(lost)} parameters of layers that config.json asks for "
+            f"{directory}: its weights lack {len(lost)} parameters of layers that config.json asks for "
             f"({', '.join(lost[:_NUM_NAMED])}{more}); give the config.json that belongs to them"
         )
 
