@@ -80,6 +80,16 @@ def test_weights_that_are_used_out_of_turn(tmp_path, second):
             assert torch.equal(model(x).cpu(), expected.cpu())
 
 
+def test_what_the_host_has_no_memory_for_is_not_reserved_on_the_device(checkpoints, second):
+    with load(checkpoints["bert"], resident_bytes=None) as model:
+        ledgers = model.hermes.source.ledger, model.hermes.ledger
+        nbytes = ledgers[1].free_bytes + 4096
+        ledgers[0].resize(ledgers[0].budget_bytes + nbytes)
+        with pytest.raises(BudgetError):
+            model.hermes.source.take(nbytes)
+        assert "late" not in ledgers[0].accounts
+
+
 def test_a_packed_checkpoint(checkpoints, tmp_path, second, tight):
     path = checkpoints["llama"]
     pack(path, tmp_path / "packed")

@@ -169,8 +169,9 @@ class DeviceSource(SourceAround):
 
         Raises BudgetError where there is none, here or there.
         """
+        arena = self._engine.take(nbytes)  # first: what is refused there must not stay reserved here
         self.ledger.reserve("late", self.ledger.accounts.get("late", 0) + nbytes)
-        return self._engine.take(nbytes)
+        return arena
 
     def begin_pass(self, heap_bytes: int = 0) -> None:
         """A sweep begins that takes so many of the device's bytes besides weights. Raises BudgetError, ReadError."""
