@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from hermes.engine import EngineStats, LoadingAgents
-from hermes.engine.agents import Line, Ticket
+from hermes.engine.agents import Line, Ticket, forget_frames
 from hermes.errors import InputError, ReadError
 from hermes.pipeload import Load
 from hermes.pipeload.loads import Piece
@@ -133,3 +133,9 @@ def test_a_line_that_closes_waits_for_its_read_and_drops_the_rest(shared):
     assert not closing.is_alive()
     assert shared.done.acquire(timeout=10)
     assert shared.order == ["line", "other"]
+
+
+def test_causes_that_go_round_in_circles():
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__context__ = second, first
+    forget_frames(first)

@@ -71,7 +71,7 @@ class LoadingAgents:
         ]
 
     def serve(self, line: "Line") -> None:
-        """From now on."""
+        """Read what is queued there, from now on."""
         with self.lock:
             if not self._has_begun:
                 for thread in self._threads:
@@ -260,8 +260,10 @@ class Line:
 
 def forget_frames(error: BaseException | None) -> None:
     """Drop what finished calls left in the traceback of an error and in those of its causes: slots of memory."""
-    while error is not None:
+    told: list[BaseException] = []
+    while error is not None and error not in told:  # causes may go round in circles
         traceback.clear_frames(error.__traceback__)
+        told.append(error)
         error = error.__cause__ or error.__context__
 
 
