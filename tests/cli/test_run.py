@@ -364,6 +364,16 @@ def test_layers_without_weights(copy, invoke, tmp_path, memory):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_name_that_is_no_utf8(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    directory = synth("tiny-vit", tmp_path / "vit")
+    image = pytest.importorskip("PIL.Image").linear_gradient("L")
+    image.save(path := os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"), format="png")
+    done = hermes(directory, "--resident", "--image", path)
+    assert done.returncode == 0, done.stderr
+    assert "\\udcff.png: LABEL_" in done.stdout
+
+
 def test_bad_image(tmp_path, invoke):
     directory = synth("tiny-vit", tmp_path / "vit")
     (tmp_path / "not.png").write_text("no")

@@ -1,6 +1,7 @@
 """The `hermes` command. Each subcommand is a function in a module of its name; torch is imported when one runs."""
 
 import atexit
+import io
 import logging
 import os
 import sys
@@ -56,6 +57,9 @@ def main() -> None:
         os._exit(status)
 
     atexit.register(leave)  # the first to be registered is the last to run
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # Like standard error: a name that is no text, or a text that this terminal has no letters for, ends no command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="hermes")
     except SystemExit as end:
