@@ -138,7 +138,8 @@ def test_a_journal_of_another_job_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_other_weights_at_the_same_path_are_another_job(gpt2, texts, tmp_path, monkeypatch, invoke):
+@pytest.mark.parametrize("changed", ["model.safetensors", "config.json", "generation_config.json"])
+def test_another_model_at_the_same_path_is_another_job(gpt2, texts, tmp_path, monkeypatch, invoke, changed):
     model = shutil.copytree(gpt2, tmp_path / "model")
     command = (model, "--resident", "--input", texts, "--output", tmp_path / "out.jsonl", "--max-new-tokens", "1")
 
@@ -148,8 +149,12 @@ def test_other_weights_at_the_same_path_are_another_job(gpt2, texts, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "finish", stop)
         assert invoke(*command).returncode == 130
-    weights = load_file(model / "model.safetensors")
-    save_file({name: -tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    if changed == "model.safetensors":
+        weights = load_file(model / changed)
+        save_file({name: -tensor for name, tensor in weights.items()}, model / changed, {"format": "pt"})
+    else:
+        settings = json.loads((model / "config.json").read_bytes()) if changed == "config.json" else {}
+        (model / changed).write_text(json.dumps(settings | {"repetition_penalty": 1.5}))
     refused = invoke(*command)
     assert refused.returncode == 2
     assert "from a run with other inputs, model or options" in refused.stderr

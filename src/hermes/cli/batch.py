@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hermes.checkpoint import open_checkpoint
 from hermes.errors import BudgetError, InputError
 from hermes.memory.probe import peak_resident_bytes
-from hermes.tasks.detect import context_tokens, num_beams, read_config, task_of
+from hermes.tasks.detect import context_tokens, num_beams, read_config, read_settings, task_of
 from hermes.tasks.records import Journal, Record, make_batches, read_records
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def run_file(
     job = {
         "model": str(directory.resolve()),
         "weights": open_checkpoint(directory).fingerprint(),
+        "config": read_config(directory),
+        "generation": read_settings(directory / "generation_config.json"),
         "input": input_digest,
         "task": work.task,
         "dtype": dtype,
@@ -252,14 +254,13 @@ def _generation(
         results = generate_text(model, tokenizer, batch, options)
         return [{"generated": result.text, "token_ids": list(result.token_ids)} for result in results]
 
-    beams = num_beams(directory)
     return _Work(
         task=task,
         lengths=lengths,
         perform=perform,
-        settings={**asdict(options), "beams": beams},
+        settings=asdict(options),
         new_tokens=options.max_new_tokens,
-        beams=beams,
+        beams=num_beams(directory),
     )
 
 
