@@ -135,11 +135,10 @@ class Binding:
                 self._replace(inner, self._turned_forward(inner, block))
             elif unit.rows is None:
                 self._replace(inner, self._unit_forward(inner, block))
-        for name, inner in modules.items():
-            first = f"{name}.layers.0".removeprefix(".")
-            numbers = [number for number, unit in enumerate(partition.units) if unit.module == first]
-            if isinstance(inner, nn.TransformerEncoder) and numbers:  # which chooses its way by those weights
-                self._replace(inner, self._unit_forward(inner, block_of_unit[numbers[0]]))
+        for name in [name for name, inner in modules.items() if isinstance(inner, nn.TransformerEncoder)]:
+            first = f"{name}.layers.0".removeprefix(".")  # by whose weights it chooses its way
+            for number in [number for number, unit in enumerate(partition.units) if unit.module == first]:
+                self._replace(modules[name], self._unit_forward(modules[name], block_of_unit[number]))
         tied: dict[str, Callable[[Sequence[int], torch.Tensor], bool]] = {}
         for name, units in partition.heads.items():
             ranges = [(block_of_unit[unit], partition.units[unit].rows or (0, 0)) for unit in units]

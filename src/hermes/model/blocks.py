@@ -180,9 +180,7 @@ class Stray(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return Stray(func(*args, **kwargs), args[0].adopt, args[0].home_device)
         if _writes(func) and isinstance(args[0], Stray):
-            raise InputError(
-                "a streamed model's weights are on disk, and what is written to them is lost: write a file"
-            )
+            raise InputError("a streamed model's weights are on disk, where nothing is written; change the file")
         with torch._C.DisableTorchFunctionSubclass():
             try:
                 result = func(*args, **kwargs)
