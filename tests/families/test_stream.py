@@ -176,6 +176,31 @@ class Reaching(nn.Module):
         return functional.linear(self.again(x), self.table.weight)
 
 
+class Wrapper(nn.Module):
+    """Leaves its own name out of the state dict, as torch's checkpoint wrapper does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.state_dict(*args, **kwargs)
+
+
+def test_a_wrapper_whose_name_is_not_in_the_state_dict(tmp_path: Path) -> None:
+    def wrapped() -> nn.Module:
+        return nn.Sequential(Wrapper(), nn.Linear(64, 8))
+
+    torch.manual_seed(0)
+    module, x = wrapped().eval(), torch.linspace(-1, 1, 3 * 64).view(3, 64)
+    path = saved(module, tmp_path / "w.safetensors")
+    with torch.no_grad(), hermes.stream(wrapped(), path, budget(), resident_bytes=0, example_args=(x,)) as streamed:
+        assert torch.equal(streamed(x), module(x))
+
+
 @pytest.mark.parametrize("example", [True, False])
 def test_weights_in_other_modules_time_are_there_once(tmp_path: Path, example: bool) -> None:
     module, x = seeded(Reaching), torch.linspace(-1, 1, 3 * 64).view(3, 64)

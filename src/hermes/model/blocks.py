@@ -186,7 +186,7 @@ class Stray(nn.Parameter):
                 result = func(*args, **kwargs)
                 if func in _FREE or not any(True for _ in tensors_in(result)):
                     return result
-            except (RuntimeError, NotImplementedError):
+            except (RuntimeError, TypeError):  # of the meta device; if of the call, it comes again
                 pass
             real_args, real_kwargs = _adopted(args), {name: _adopted(value) for name, value in kwargs.items()}
             return func(*real_args, **real_kwargs)

@@ -128,6 +128,11 @@ def _map_plain(module: nn.Module, entries: Mapping[str, TensorEntry]) -> WeightM
             f"the checkpoint lacks {_listed(missing)} of the module's {len(tensors)} tensors; "
             "give the state dict that belongs to this module"
         )
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    paths = {id(tensor): name for name, tensor in own.items()}
+    sources = {  # a wrapper may leave its own name out of the state dict's
+        name if name in own else paths[id(tensors[name])]: source for name, source in sources.items()
+    }
     return WeightMap(
         sources=sources, missing=(), unexpected=tuple(e.name for n, e in renamed.items() if n not in tensors)
     )

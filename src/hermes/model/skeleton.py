@@ -134,7 +134,7 @@ def _config(directory: Path, trust_remote_code: bool, attn_implementation: str |
         stored = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}; give the directory of a model") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({_one_line(error)}); download it again") from error
     if not isinstance(stored, dict):
         raise CheckpointError(f"{path}: not a JSON object; download it again")
