@@ -11,10 +11,11 @@ from torch import nn
 
 from hermes.checkpoint import Checkpoint, Extent, open_reader
 from hermes.checkpoint.unpack import read_unpacked
-from hermes.model.blocks import Stray, torch_dtype
+from hermes.model.blocks import torch_dtype
 from hermes.model.mapping import Source, is_plain_linear, map_weights
 from hermes.model.quantized import QuantizedMatrix
 from hermes.model.skeleton import build_skeleton, finish_skeleton
+from hermes.model.stray import Stray
 
 __all__ = ["load_packed", "load_quantized", "state_dict"]
 
