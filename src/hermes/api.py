@@ -14,7 +14,7 @@ from hermes.device import Device, find_device
 from hermes.errors import InputError
 from hermes.memory.allocator import keep_heap_tight, put_off_collections
 from hermes.model.binding import HOST
-from hermes.model.units import GRANULARITIES, Granularity
+from hermes.model.units import Granularity
 from hermes.plan import Plan, Problem, make_plan, smallest_budget
 from hermes.profile import Calibration, Profile, measure_drift
 from hermes.session import (
@@ -386,14 +386,7 @@ def _start(
 
 
 def _plan_within(problem: Problem, budget_bytes: int, **choices: Any) -> Plan:
-    """`make_plan` with what the system allows this process. Raises InputError for choices that there are not."""
-    agents, granularity, kept = (choices.get(name) for name in ("num_agents", "granularity", "resident_bytes"))
-    if agents is not None and agents < 1:
-        raise InputError(f"num_agents {agents} must be 1 or more")
-    if granularity is not None and granularity not in GRANULARITIES:
-        raise InputError(f"unknown granularity {granularity!r}; choose {', '.join(GRANULARITIES)}")
-    if kept is not None and kept < 0:
-        raise InputError(f"resident_bytes {kept} must be 0 or more; 0 streams every block")
+    """`make_plan` with what the system allows this process."""
     return make_plan(
         problem,
         budget_bytes=budget_bytes,

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hermes.engine import LoadingAgents
+from hermes.engine import LoadingAgents, forget_frames
 from hermes.errors import EngineError, HermesError, ReadError
 from hermes.fleet.answers import Answered, Totals
 from hermes.fleet.turns import Turns, TurnSource
@@ -163,12 +162,7 @@ class Worker:
 
     def _learn_from(self, raised: BaseException) -> None:
         """Let go of what it holds; and of the engine, where that is what has failed."""
-        chain: list[BaseException] = []
-        error: BaseException | None = raised
-        while error is not None and error not in chain:
-            traceback.clear_frames(error.__traceback__)  # whose locals may be views of weights
-            chain.append(error)
-            error = error.__cause__ or error.__context__
+        forget_frames(raised)  # whose locals may be views of weights
         if self.session is not None and (failure := _failure(raised, self.session)) is not None:
             self.failure = copy.copy(failure)
             self.pause()

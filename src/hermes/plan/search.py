@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hermes.errors import BudgetError
+from hermes.errors import BudgetError, InputError
 from hermes.pipeload import smallest_ring
 from hermes.plan.cost import Prediction, least_seconds, simulate, streamed_reads
 from hermes.plan.problem import Bandwidth, Plan, Problem
@@ -79,7 +79,14 @@ def make_plan(
 
     Raises:
         BudgetError: with the smallest budget that works.
+        InputError: an argument is too small, or there is no such granularity.
     """
+    if num_agents is not None and num_agents < 1:
+        raise InputError(f"num_agents {num_agents} must be 1 or more")
+    if granularity is not None and granularity not in problem.groups:
+        raise InputError(f"unknown granularity {granularity!r}; choose {', '.join(problem.groups)}")
+    if resident_bytes is not None and resident_bytes < 0:
+        raise InputError(f"resident_bytes {resident_bytes} must be 0 or more; 0 streams every block")
     groups = {name: blocks for name, blocks in problem.groups.items() if granularity in (None, name)}
     fixed = 0
     for bandwidth in _bandwidths(problem.bandwidths, num_agents):

@@ -208,12 +208,12 @@ def start_session(
 
 def _linears(prepared: Prepared) -> list[tuple[nn.Linear, int]]:
     """Linear layers that the traced pass multiplies with, and how many tokens."""
-    trace = prepared.trace
-    named = [] if trace is None else prepared.module.named_modules()
+    if (trace := prepared.trace) is None:
+        return []
     return [
         (module, tokens)
-        for name, module in named
-        if is_plain_linear(module) and trace is not None and (tokens := trace.tokens(name, module.weight.numel()))
+        for name, module in prepared.module.named_modules()
+        if is_plain_linear(module) and (tokens := trace.tokens(name, module.weight.numel()))
     ]
 
 
